@@ -1,0 +1,366 @@
+"""The recipe: YAML into typed sections. Defaults are the paper's figures.
+
+DeepSeek-V3 technical report (arXiv 2412.19437) sections 2.1.2, 2.2, 4.2 and 5; DeepSeek-R1
+(arXiv 2501.12948) for GRPO and preference data. An unknown key is an error. Each stage sees only its
+own section, so a change in one section makes only that stage and those after it stale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+SPLITS = ("corpus", "sft", "preference", "rl", "heldout")
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the path, the value and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GeneratedSource(Section):
+    """Problems made by a seeded generator of `distill/problems/`."""
+
+    type: Literal["generated"] = "generated"
+    generator: Literal["math", "code", "logic", "writing"]
+    skills: list[str] | None = Field(None, description="subset of the generator's skills; all by default")
+
+
+class JsonlSource(Section):
+    """One JSONL file per split, in GSM8K form, HumanEval form, or rows of `Problem`."""
+
+    type: Literal["jsonl"] = "jsonl"
+    format: Literal["gsm8k", "humaneval", "problem"]
+    path: str
+    heldout_path: str | None = Field(None, description="a file that feeds the held-out split alone")
+
+
+class DatasetSource(Section):
+    """A `datasets` id or a folder `datasets` can load."""
+
+    type: Literal["dataset"] = "dataset"
+    format: Literal["gsm8k", "humaneval", "problem"]
+    id: str
+    config: str | None = None
+    split: str = "train"
+    heldout_split: str | None = None
+    path: str | None = Field(None, description="local JSONL file or datasets folder used instead of `id`")
+    heldout_path: str | None = Field(None, description="local JSONL file or folder used instead of `heldout_split`")
+
+
+Source = Annotated[GeneratedSource | JsonlSource | DatasetSource, Field(discriminator="type")]
+
+
+class DomainConfig(Section):
+    source: Source
+    splits: dict[Literal["corpus", "sft", "preference", "rl", "heldout"], Annotated[int, Field(ge=0)]] = Field(
+        description="rows per split; splits never share a problem")
+    judged: bool = Field(False, description="no rule can check the answers: the generative reward model does")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DomainConfig:
+        if isinstance(self.source, GeneratedSource) and self.judged != (self.source.generator == "writing"):
+            raise ValueError(f"judged must be {not self.judged} with the {self.source.generator} generator")
+        return self
+
+
+class TinyModel(Section):
+    """The tiny DeepseekV3ForCausalLM of `policy/presets.py`, trained from nothing by the base stage."""
+
+    type: Literal["tiny"] = "tiny"
+    hidden_size: PositiveInt = 128
+    layers: Annotated[int, Field(ge=4)] = 4
+    routed_experts: Annotated[int, Field(ge=4)] = 16
+    vocab_size: Annotated[int, Field(ge=300)] = 512
+    drill_steps: Annotated[int, Field(ge=0)] = Field(200, description="optimizer steps on drills before the corpus")
+
+
+class PretrainedModel(Section):
+    """Any Hugging Face causal LM: an id or a folder with weights and tokenizer."""
+
+    type: Literal["pretrained"] = "pretrained"
+    id: str
+    path: str | None = Field(None, description="local folder used instead of `id`")
+
+
+class ModelConfig(Section):
+    source: Annotated[TinyModel | PretrainedModel, Field(discriminator="type")]
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_length: PositiveInt = Field(32768, description="tokens of prompt plus completion anywhere in the run")
+
+
+class TrainConfig(Section):
+    """Supervised training. DeepSeek-V3 section 5.1: 2 epochs, cosine 5e-6 -> 1e-6; balance: section 2.1.2."""
+
+    epochs: PositiveFloat = 2.0
+    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
+    learning_rate: PositiveFloat = 5e-6
+    min_learning_rate: PositiveFloat = 1e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    batch_tokens: PositiveInt = Field(1048576, description="tokens per optimizer step (packs x pack length)")
+    pack_length: PositiveInt = 4096
+    packs_per_device: PositiveInt = Field(1, description="packs per forward pass; losses do not depend on it")
+    muon_learning_rate: PositiveFloat | None = Field(None, description="Muon for weight matrices; AdamW when left out")
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    max_grad_norm: PositiveFloat = 1.0
+    balance_alpha: Annotated[float, Field(ge=0)] = 1e-4
+    bias_gamma: Annotated[float, Field(ge=0)] = 1e-3
+    mtp_lambda: Annotated[float, Field(ge=0)] = 0.1
+    save_steps: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.batch_tokens % (self.pack_length * self.packs_per_device):
+            raise ValueError(f"batch_tokens must be a multiple of pack_length x packs_per_device "
+                             f"(got {self.batch_tokens} and {self.pack_length} x {self.packs_per_device})")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        return self
+
+
+class RewardWeights(Section):
+    """Weights of the rule rewards (DeepSeek-R1 section 2.2.2: summed with equal weight)."""
+
+    accuracy: Annotated[float, Field(ge=0)] = 1.0
+    format: Annotated[float, Field(ge=0)] = 1.0
+
+
+class GrpoConfig(Section):
+    """GRPO (DeepSeekMath section 4; DeepSeek-R1 figures): group of G per prompt, clip, k3 KL to the reference."""
+
+    steps: PositiveInt = 1700
+    prompts_per_step: PositiveInt = Field(512, description="prompts of one rollout, over all its mini-batches")
+    group_size: Annotated[int, Field(ge=2)] = 16
+    learning_rate: PositiveFloat = 3e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    kl_coef: Annotated[float, Field(ge=0)] = 1e-3
+    clip_epsilon: PositiveFloat = 0.2
+    temperature: PositiveFloat = 1.0
+    max_completion_length: PositiveInt = 32768
+    mini_batches: PositiveInt = Field(16, description="optimizer steps per rollout; one inner epoch")
+    device_batch: PositiveInt = Field(8, description="completions per forward pass; losses do not depend on it")
+    reasoning_share: Fraction01 = Field(0.5, description="share of prompts with the reflective system prompt")
+    rewards: RewardWeights = RewardWeights()
+    bias_gamma: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the balance bias is frozen in RL")
+    mtp_lambda: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    reference_steps: PositiveInt = Field(400, description="steps after which the KL reference is replaced")
+    importance_cap: PositiveFloat = Field(2.0, description="cap of the trainer/engine importance ratio (TIS)")
+    max_drift: PositiveFloat = Field(0.1, description="stop when mean |trainer - engine| log-prob exceeds this")
+    infra_error_budget: Fraction01 = 0.01
+    save_steps: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GrpoConfig:
+        batch = self.prompts_per_step * self.group_size
+        if self.prompts_per_step % self.mini_batches:
+            raise ValueError(f"mini_batches must divide prompts_per_step (got {self.mini_batches} and "
+                             f"{self.prompts_per_step}): a group stays in one mini-batch")
+        if batch // self.mini_batches % self.device_batch:
+            raise ValueError(f"device_batch must divide prompts_per_step x group_size / mini_batches "
+                             f"(got {self.device_batch} and {batch // self.mini_batches})")
+        return self
+
+
+class ExpertConfig(Section):
+    plain_thinking: Fraction01 = Field(0.3, description="share of problems whose plain prompt is answered with the "
+                                       "chain, so that RL has both patterns to choose from (section 5.1)")
+    sft: TrainConfig = TrainConfig()
+    rl: GrpoConfig = GrpoConfig()
+
+
+class GenerateConfig(Section):
+    """Expert generation in both sample forms at high temperature (section 5.1)."""
+
+    problems: PositiveInt = Field(375000, description="problems of the sft split per domain")
+    samples: PositiveInt = Field(4, description="samples per problem and form")
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: PositiveInt = 16384
+    shard_prompts: PositiveInt = 512
+
+
+class RejectConfig(Section):
+    keep: PositiveInt = Field(1, description="samples kept per problem and form: the shortest of the correct ones")
+    max_tokens: PositiveInt = 8192
+    min_judge_score: Fraction01 = Field(0.7, description="floor for samples without a rule to check them")
+
+
+class CurateConfig(Section):
+    total: PositiveInt = 1_500_000
+    quotas: dict[str, Fraction01] = Field(default_factory=dict, description="share per domain; even by default")
+    reasoning_share: Fraction01 = Field(0.5, description="wanted share of the reasoning form")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CurateConfig:
+        if self.quotas and abs(sum(self.quotas.values()) - 1) > 1e-6:
+            raise ValueError(f"quotas must sum to 1 (they sum to {sum(self.quotas.values()):g})")
+        return self
+
+
+class PreferenceConfig(Section):
+    """Pairs judged in both orders, averaged, kept above a gap (DeepSeek-R1 supplement; section 5.2.1)."""
+
+    pairs: PositiveInt = 66000
+    heldout_pairs: PositiveInt = 1000
+    votes: Annotated[int, Field(ge=2, multiple_of=2)] = Field(4, description="half in each order")
+    min_gap: Annotated[float, Field(ge=0)] = Field(1.0, description="on the 0-10 scale")
+    temperature: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 8192
+
+
+class RewardModelConfig(Section):
+    train: TrainConfig = TrainConfig(epochs=1, learning_rate=6e-6)
+    votes: PositiveInt = Field(1, description="judgements averaged per scored completion")
+    max_tokens: PositiveInt = 8192
+    min_accuracy: Fraction01 = Field(0.6, description="held-out pair accuracy below which it may not be a reward")
+
+
+class EvaluationConfig(Section):
+    problems: PositiveInt = Field(500, description="held-out problems per domain")
+    judged_problems: PositiveInt = Field(200, description="held-out problems per judged domain, for the win rate")
+    k: PositiveInt = 4
+    k_problems: PositiveInt = Field(100, description="problems sampled k times for pass@k")
+    temperature: PositiveFloat = 0.6
+    max_tokens: PositiveInt = 32768
+
+
+class EngineConfig(Section):
+    """The vLLM engine. `kv_cache_gib` is for the CPU back end; tensor parallel for GPUs."""
+
+    kv_cache_gib: PositiveInt = 1
+    max_sequences: PositiveInt = 128
+    tensor_parallel: PositiveInt = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+    probe_checkpoints: bool = Field(True, description="compare log-probs with transformers after each load from disk; "
+                                    "turn off for models that do not fit beside the engine")
+    max_logprob_error: PositiveFloat = Field(1e-4, description="proof bound after each sync; 0.1 suits bfloat16")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    workflow: str = "deepseek_v3"
+    seed: int = 0
+    model: ModelConfig
+    domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
+    engine: EngineConfig = EngineConfig()
+    base: TrainConfig = Field(TrainConfig(), description="pre-training of the tiny model; unused by a pretrained one")
+    expert: ExpertConfig = ExpertConfig()
+    generate: GenerateConfig = GenerateConfig()
+    reject: RejectConfig = RejectConfig()
+    curate: CurateConfig = CurateConfig()
+    sft: TrainConfig = TrainConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    rl: GrpoConfig = GrpoConfig(temperature=0.7)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        unknown = set(self.curate.quotas) - set(self.domains)
+        if unknown:
+            raise ValueError(f"curate.quotas names {sorted(unknown)}, not among the domains {sorted(self.domains)}")
+        for path, length in (("expert.rl.max_completion_length", self.expert.rl.max_completion_length),
+                             ("rl.max_completion_length", self.rl.max_completion_length),
+                             ("generate.max_tokens", self.generate.max_tokens),
+                             ("evaluation.max_tokens", self.evaluation.max_tokens)):
+            if length > self.model.max_length:
+                raise ValueError(f"{path} {length} is above model.max_length {self.model.max_length}")
+        if self.model.source.type == "tiny" and self.model.dtype != "float32":
+            raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
+        return self
+
+
+def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a YAML recipe and apply `a.b.c=value` overrides (values are YAML).
+
+    Raises RecipeError naming file, dotted path, value and remedy for every problem found.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; the ones that come with posttrain are in recipes/") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item, data) for item in error.errors()]
+        raise RecipeError(f"{path} has {len(lines)} error{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise RecipeError(f"override {override!r}: write it as section.key=value")
+    *parents, last = dotted.split(".")
+    node: Any = data
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"override {override!r}: {name} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _explain(item: Any, data: dict[str, Any]) -> str:
+    """One validation error as `path: what (got value); remedy`."""
+    location = [str(part) for part in item["loc"]]
+    # pydantic inserts the tag of a discriminated union into the location; the YAML has no such level
+    shown, node = [], data
+    for part in location:
+        if isinstance(node, dict) and part not in node and part == node.get("type"):
+            continue
+        shown.append(part)
+        node = node.get(part) if isinstance(node, dict) else None
+    path = ".".join(shown) or "recipe"
+    if item["type"] == "extra_forbidden":
+        names = _field_names(location[:-1])
+        near = _closest(shown[-1], names)
+        return f"{path}: unknown key" + (f"; did you mean {near}?" if near else "") + \
+            (f" (known here: {', '.join(names)})" if names and not near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    value = item.get("input")
+    got = f" (got {value!r})" if not isinstance(value, dict | BaseModel) and item["type"] != "missing" else ""
+    return f"{path}: {message}{got}"
+
+
+def _field_names(location: list[str]) -> list[str]:
+    """The keys of the section at pydantic's `location`, found by walking the annotations; [] for a free mapping."""
+    section: Any = Recipe
+    for part in location:
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        elif get_origin(section) in (Union, UnionType):  # the part is the tag of one kind
+            section = next((kind for kind in get_args(section) if kind.model_fields["type"].default == part), None)
+        else:
+            field = getattr(section, "model_fields", {}).get(part)
+            section = field.annotation if field else None
+    return sorted(getattr(section, "model_fields", {}))
+
+
+def _closest(name: str, names: list[str]) -> str | None:
+    import difflib
+
+    found = difflib.get_close_matches(name, names, n=1)
+    return found[0] if found else None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
