@@ -1,0 +1,55 @@
+"""Ray for one run: started here, or joined where RAY_ADDRESS or POSTTRAIN_RAY_ADDRESS says."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Read by Ray when it is imported and when it starts processes, so set before both.
+_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's 15 would put the training below everything else on the machine
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs must not hide them from its children
+    "OMP_WAIT_POLICY": "passive",  # trainer and engine share the cores: a spinning thread starves the other
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def ray_session(recipe_name: str, run_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Ray is up inside; it is shut down at the end if it was started here."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray.job_config import JobConfig
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("POSTTRAIN_RAY_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    # "local" and not None: without an address Ray may join a cluster it finds running on this machine
+    options = {"address": address} if address else {"address": "local", "include_dashboard": True}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    job = JobConfig(metadata={"job_name": f"posttrain {recipe_name}", "run_dir": str(run_dir)})
+    context = ray.init(
+        **options, namespace="posttrain", job_config=job, log_to_driver=False, logging_level=logging.ERROR,
+        configure_logging=True,
+        # Ray would give an actor one thread per CPU it reserves; the stage worker reserves none
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}})
+    try:
+        if context.dashboard_url:
+            say(f"Ray dashboard: http://{context.dashboard_url}{_login_hint()}")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _login_hint() -> str:
+    """Ray asks for a token by default since 2.60 and keeps it in the home directory."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return ""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return f"  (it asks for a token: cat {path})" if path.is_file() else ""

@@ -1,0 +1,207 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import toy_workflow
+from rich.console import Console
+from test_fingerprints import commit_all
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from pipeline import cli
+from pipeline.artifacts import RunDirectory
+from pipeline.recipe import dump_recipe
+from pipeline.records import Check, Problem, Sample, Status, Verdict, write_table
+from pipeline.show import show
+from pipeline.stage import StageResult
+
+
+@pytest.fixture
+def posttrain(tmp_path, monkeypatch, capsys):
+    """Calls the command as a shell would; the toy workflow stands where `workflows.toy` would be."""
+    import workflows
+
+    monkeypatch.setitem(sys.modules, "workflows.toy", toy_workflow)
+    monkeypatch.setattr(workflows, "toy", toy_workflow, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy.yaml").write_text(dump_recipe(toy_workflow.recipe()))
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["posttrain", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        seen = capsys.readouterr()
+        return SimpleNamespace(code=stopped.value.code or 0, out=seen.out, err=seen.err)
+
+    return call
+
+
+@pytest.fixture
+def finished(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    recipe = toy_workflow.recipe()
+    directory.claim(recipe.name, dump_recipe(recipe))
+    commit_all(toy_workflow.build(recipe), recipe.seed, directory)
+    return directory
+
+
+def test_help_lists_the_commands(posttrain):
+    seen = posttrain("--help")
+    assert seen.code == 0
+    for command in ("run", "stage", "status", "why", "show", "report", "lineage", "doctor"):
+        assert command in seen.out
+
+
+def test_a_dry_run_shows_what_would_run_and_writes_nothing(posttrain, tmp_path):
+    seen = posttrain("run", "toy.yaml", "--dry-run")
+    assert seen.code == 0
+    assert "3 of 3 stages would run in runs/toy" in seen.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_with_an_override_names_the_key(posttrain, finished):
+    seen = posttrain("run", "toy.yaml", "--run-dir", "run", "--dry-run", "rl.group_size=8")
+    assert "2 of 3 stages would run" in seen.out
+    assert "group_size: 16 -> 8" in seen.out
+
+
+def test_a_wrong_recipe_is_a_message_and_exit_code_2(posttrain):
+    seen = posttrain("run", "toy.yaml", "rl.group_sise=8")
+    assert seen.code == 2
+    assert "did you mean group_size?" in seen.err
+    assert "Traceback" not in seen.err
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("run", "toy.yaml", "--until", "secnd"), "did you mean second?"),
+    (("run", "nothere"), "no such recipe"),
+    (("run", "toy.yaml", "workflow=toyy"), "no workflow 'toyy'"),
+])
+def test_a_wrong_name_is_a_message_and_exit_code_2(posttrain, words, message):
+    seen = posttrain(*words)
+    assert (seen.code, message in seen.err) == (2, True), seen.err
+
+
+def test_another_recipes_directory_is_refused_before_ray_starts(posttrain, finished, tmp_path):
+    (tmp_path / "other.yaml").write_text(dump_recipe(toy_workflow.recipe(name="other")))
+    seen = posttrain("run", "other.yaml", "--run-dir", "run")
+    assert seen.code == 1
+    assert "belongs to recipe toy, this is other" in seen.err
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_a_stage_alone_needs_its_inputs(posttrain, tmp_path):
+    seen = posttrain("stage", "third", "toy.yaml", "--run-dir", "fresh")
+    assert seen.code == 1
+    assert "stage third needs first (waiting), second (waiting)" in seen.err
+
+
+def test_status_as_json_has_every_stage(posttrain, finished):
+    records = json.loads(posttrain("status", "run", "--json").out)
+    assert [(record["stage"], record["state"]) for record in records] == [
+        ("first", "done"), ("second", "done"), ("third", "done")]
+    assert records[1]["metrics"] == {"lines": 1}
+    assert "lines 1" in posttrain("status", "run").out
+
+
+def test_why_of_a_run_that_is_up_to_date(posttrain, finished):
+    assert "nothing it depends on changed" in posttrain("why", "run", "second").out
+
+
+def commit(directory, name, inputs, write, fingerprint):
+    out = directory.work_folder(name, fingerprint) / "out.tmp"
+    out.mkdir(parents=True)
+    write(out)
+    directory.commit(name, fingerprint, {"inputs": inputs, "config": {}, "seed": 0}, StageResult(), {"seconds": 1.0})
+    return {name: fingerprint}
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """A run directory with the tables of the data path: one sample packed, one rejected."""
+    directory = RunDirectory(tmp_path / "traced")
+    directory.claim("toy", dump_recipe(toy_workflow.recipe()))
+    messages = ({"role": "user", "content": "What is 2 + 2?"},)
+    check = Check("math", reference="4")
+    problem = Problem("feedfacefeedface", "math", "add", messages, check, "generated:math", "sft")
+
+    def sample(sample_id, completion, verdict=None, provenance="{}"):
+        return Sample(sample_id, problem.id, "math", "original", messages, completion, "digest77", '{"seed": 1}',
+                      "stop", 3, verdict, provenance)
+
+    right = Verdict(Status.CORRECT, 1.0, "equal", "math", "1")
+    wrong = Verdict(Status.WRONG, 0.0, "different", "math", "1", evidence="5 is not 4")
+    good, bad = ("aaaa1111aaaa1111", "2 + 2 = 4"), ("bbbb2222bbbb2222", "2 + 2 = 5")
+
+    def samples(*rows, name="samples.parquet"):
+        return lambda out: write_table(out / name, rows, Sample)
+
+    def rejected(out):
+        samples(sample(*good, right))(out)
+        samples(sample(*bad, wrong, '{"reason": "wrong"}'), name="rejected.parquet")(out)
+
+    def expert(out):
+        tokenizer = Tokenizer(models.WordLevel({"2": 0, "+": 1, "=": 2, "4": 3, "?": 4}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        (out / "checkpoint").mkdir()
+        tokenizer.save(str(out / "checkpoint" / "tokenizer.json"))
+
+    def pack(out):
+        row = {"input_ids": [0, 1, 0, 2, 3], "labels": [-100, -100, -100, 2, 3], "position_ids": [0, 1, 2, 3, 4],
+               "sample_ids": [good[0]]}
+        pq.write_table(pa.Table.from_pylist([row]), out / "packs.parquet")
+
+    def problem_table(out):
+        write_table(out / "problems.parquet", [problem], Problem)
+
+    problems = commit(directory, "problems", {}, problem_table, "a0" * 32)
+    trained = commit(directory, "expert-math-rl", problems, expert, "a1" * 32)
+    made = commit(directory, "generate-math", problems | trained, samples(sample(*good), sample(*bad)), "a2" * 32)
+    verified = commit(directory, "verify", made, samples(sample(*good, right), sample(*bad, wrong)), "a3" * 32)
+    kept = commit(directory, "reject", verified, rejected, "a4" * 32)
+    curated = commit(directory, "curate", kept, samples(sample(*good, right)), "a5" * 32)
+    packed = commit(directory, "pack", curated, pack, "a6" * 32)
+    commit(directory, "sft", packed, lambda out: None, "a7" * 32)
+    return directory
+
+
+def test_lineage_leads_from_problem_and_expert_to_the_pack(posttrain, traced):
+    seen = posttrain("lineage", "traced", "aaaa1111")
+    for text in ("What is 2 + 2?", "weights of expert-math-rl (a1a1a1a1a1a1), checkpoint digest digest77",
+                 "verdict correct", "kept by reject", "kept by curate", "in row 0 of pack", "trained on by sft"):
+        assert text in seen.out, seen.out
+
+
+def test_lineage_says_why_a_sample_was_rejected(posttrain, traced):
+    seen = posttrain("lineage", "traced", "bbbb2222bbbb2222")
+    assert "verdict wrong (different)" in seen.out
+    assert "5 is not 4" in seen.out
+    assert "rejected by reject: wrong" in seen.out
+    assert "pack" not in seen.out
+
+
+def test_an_unknown_sample_is_a_message(posttrain, traced):
+    seen = posttrain("lineage", "traced", "cccc3333")
+    assert seen.code == 1
+    assert "no generated sample of this run has the id cccc3333" in seen.err
+
+
+def test_show_marks_the_tokens_that_carry_loss(posttrain, traced):
+    seen = posttrain("show", "traced", "pack", "--sample", "0")
+    assert "5 tokens, 2 carry loss" in seen.out
+    assert "2 + 2[[= 4]]" in seen.out
+
+
+def test_show_colours_them_in_a_terminal(traced, capsys):
+    show(traced, "pack", 0, Console(force_terminal=True))
+    assert "[[" not in capsys.readouterr().out
+
+
+def test_show_prints_a_sample_with_its_verdict(posttrain, traced):
+    seen = posttrain("show", "traced", "verify", "--sample", "1")
+    assert "2 + 2 = 5" in seen.out
+    assert "wrong (different), score 0.0, by math 1" in seen.out
+    assert "there is no row 2" in posttrain("show", "traced", "verify", "--sample", "2").err
+    assert "did you mean verify" in posttrain("show", "traced", "verfy").err

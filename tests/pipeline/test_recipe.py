@@ -1,0 +1,50 @@
+import pytest
+import toy_workflow
+import yaml
+
+from pipeline.recipe import RecipeError, dump_recipe, load_recipe
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes):
+        data = yaml.safe_load(dump_recipe(toy_workflow.recipe()))
+        data.update(changes)
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump(data))
+        return tmp_path / "toy.yaml"
+
+    return write
+
+
+def test_a_dumped_recipe_loads_to_the_same_recipe(write):
+    assert load_recipe(write()) == toy_workflow.recipe()
+
+
+def test_an_override_is_a_yaml_value_at_a_dotted_path(write):
+    recipe = load_recipe(write(), ["rl.group_size=8", "model.source.hidden_size=64", "seed=7"])
+    assert (recipe.rl.group_size, recipe.model.source.hidden_size, recipe.seed) == (8, 64, 7)
+
+
+def test_an_unknown_key_is_named_with_a_suggestion(write):
+    with pytest.raises(RecipeError, match=r"rl\.group_sise: unknown key; did you mean group_size\?"):
+        load_recipe(write(), ["rl.group_sise=8"])
+
+
+def test_a_wrong_type_is_named_with_its_path_and_value(write):
+    with pytest.raises(RecipeError, match=r"rl\.group_size: .*integer.*\(got 'many'\)"):
+        load_recipe(write(), ["rl.group_size=many"])
+
+
+def test_a_union_is_named_by_the_path_of_the_yaml(write):
+    with pytest.raises(RecipeError, match=r"model\.source\.hidden_size: .*\(got 'wide'\)"):
+        load_recipe(write(), ["model.source.hidden_size=wide"])
+
+
+def test_every_error_is_listed_at_once(write):
+    with pytest.raises(RecipeError, match="has 2 errors"):
+        load_recipe(write(), ["rl.group_size=1", "sft.epochs=-1"])
+
+
+def test_an_override_without_a_value_says_how_to_write_it(write):
+    with pytest.raises(RecipeError, match="section.key=value"):
+        load_recipe(write(), ["rl.group_size"])
