@@ -1,0 +1,276 @@
+"""Verdicts on code: the sandbox gets the code and the inputs, the expected outputs stay here.
+
+Graders that run the tests inside the candidate's process pay for objects that equal everything, for patched
+builtins and for programs that read the expected values out of frames. Here outputs come back as JSON and are
+compared type-strictly; assert-style tests run in a second process that calls the first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.records import Check, Status, Verdict
+from rewards.extract import code_block, split_thinking
+from rewards.reasons import Reason, verdict
+from rewards.sandbox import Job, Outcome, Sandbox, SandboxFailure
+
+_STATUS = {Reason.ALL_PASSED: Status.CORRECT, Reason.TIME_LIMIT: Status.TIMEOUT, Reason.BAD_CHECK: Status.INFRA_ERROR}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A candidate ready to run, and what its outputs must be."""
+
+    job: Job
+    expected: tuple[Any, ...]
+
+
+def prepare(completion: str, check: Check) -> Work | Verdict:
+    """Read the code block and pair it with the tests; a verdict when there is nothing to run."""
+    began = time.monotonic()
+    thinking = split_thinking(completion)
+    if not thinking.well_formed:
+        return verdict(Status.MALFORMED, Reason.BAD_THINKING, "code", began)
+    language = check.language or "python"
+    block = code_block(thinking.answer, language) if language in ("python", "c") else None
+    if block is not None and block.value is None:
+        return verdict(Status.MALFORMED, Reason.NO_CODE_BLOCK, "code", began, thinking.answer[:120])
+    try:
+        if block is None:
+            raise ValueError(f"language {language!r} is not python or c")
+        return _work(block.value or "", language, check)
+    except (ValueError, KeyError, TypeError) as error:
+        return verdict(Status.INFRA_ERROR, Reason.BAD_CHECK, "code", began, f"check cannot be run: {error!r}")
+    except _NoFunction as error:
+        return verdict(Status.WRONG, Reason.NO_FUNCTION, "code", began, str(error))
+
+
+class _NoFunction(Exception):
+    """The C code does not mention the function asked for."""
+
+
+def _work(code: str, language: str, check: Check) -> Work:
+    tests = json.loads(check.tests or "null")
+    nonce = secrets.token_hex(8)
+    if isinstance(tests, dict):
+        tests = [tests]
+    if not tests:
+        raise ValueError("no tests")
+    if "assert_code" in tests[0]:
+        if language != "python" or not check.entry_point or len(tests) != 1:
+            raise ValueError("assert_code is one test, for Python, with an entry_point")
+        return Work(Job("python", "asserts", code, (), check.entry_point, nonce, tests[0]["assert_code"]), ())
+    if "stdin" in tests[0]:
+        inputs = [test["stdin"] for test in tests]
+        expected = tuple(test["expected"] for test in tests)
+        if not all(isinstance(text, str) for text in (*inputs, *expected)):
+            raise ValueError("stdin and expected must be texts")
+        return Work(Job("c" if language == "c" else "python", "programs", code, inputs), expected)
+    if not check.entry_point or not re.fullmatch(r"[A-Za-z_]\w*", check.entry_point):
+        raise ValueError(f"entry_point {check.entry_point!r} is not a name")
+    inputs, expected = [test["args"] for test in tests], tuple(test["expected"] for test in tests)
+    if language == "python":
+        return Work(Job("python", "calls", code, inputs, check.entry_point, nonce), expected)
+    if not re.search(rf"\b{check.entry_point}\s*\(", code):
+        raise _NoFunction(f"no function {check.entry_point}")
+    program = c_program(code, check.entry_point, inputs)
+    return Work(Job("c", "programs", program, ["".join(f"{value}\n" for args in inputs for value in args) or "\n"]),
+                expected)
+
+
+def c_program(code: str, entry_point: str, inputs: Sequence[Sequence[int]]) -> str:
+    """A whole program around a C function of integers: reads argument rows, writes one result a line to fd 3.
+
+    The candidate's `main`, if any, is renamed. The result type must be an integer type. Raises ValueError for
+    tests that are not rows of equally many 64-bit integers.
+    """
+    width = len(inputs[0])
+    if any(len(args) != width or not all(type(value) is int and -2**63 <= value < 2**63 for value in args)
+           for args in inputs):
+        raise ValueError("C functions are tested with rows of equally many integers")
+    arguments = ", ".join(f"posttrain_a[{i}]" for i in range(width))
+    kinds = ", ".join(f"{sign}{kind}: 1" for kind in ("char", "short", "int", "long", "long long")
+                      for sign in ("signed ", "unsigned "))
+    return (f"#define main candidate_main\n{code}\n#undef main\n#include <stdio.h>\n"
+            f"int main(void) {{\n  long long posttrain_a[{max(width, 1)}];\n"
+            f"  _Static_assert(_Generic(({entry_point}({arguments})), _Bool: 1, char: 1, {kinds}, default: 0), "
+            f"\"{entry_point} must return an integer\");\n"
+            f"  for (int row = 0; row < {len(inputs)}; row++) {{\n"
+            f"    for (int i = 0; i < {width}; i++) if (scanf(\"%lld\", &posttrain_a[i]) != 1) return 1;\n"
+            f"    dprintf(3, \"%lld\\n\", (long long){entry_point}({arguments}));\n  }}\n  return 0;\n}}\n")
+
+
+def verify_code(completion: str, check: Check, sandbox: Sandbox) -> Verdict:
+    """Run the code block of a completion against `check.tests`.
+
+    Correct when every test passes; a broken sandbox is INFRA_ERROR, never a wrong answer.
+    """
+    return verify_code_batch([(completion, check)], sandbox)[0]
+
+
+def verify_code_batch(items: Sequence[tuple[str, Check]], sandbox: Sandbox) -> list[Verdict]:
+    """`verify_code` for many candidates in one sandbox; they cannot meet (see `sandbox_driver.py`)."""
+    prepared = [prepare(completion, check) for completion, check in items]
+    works = [work for work in prepared if isinstance(work, Work)]
+    outcomes = iter(_run(works, sandbox))
+    return [_judge(next(outcomes), item, sandbox.isolation) if isinstance(item, Work) else item for item in prepared]
+
+
+def _run(works: Sequence[Work], sandbox: Sandbox) -> list[Outcome | SandboxFailure]:
+    """All jobs together; when that sandbox breaks, each alone, so that one cannot cost the others."""
+    if not works:
+        return []
+    try:
+        return list(sandbox.run([work.job for work in works]))
+    except SandboxFailure as failure:
+        if len(works) == 1:
+            return [failure]
+    return [outcome for work in works for outcome in _run([work], sandbox)]
+
+
+def _judge(outcome: Outcome | SandboxFailure, work: Work, isolation: str) -> Verdict:
+    if isinstance(outcome, SandboxFailure):
+        return verdict(Status.INFRA_ERROR, Reason.VERIFIER_FAILED, "code", time.monotonic(), str(outcome))
+    reason, evidence = _finding(outcome, work)
+    if isolation != "bubblewrap":
+        evidence = f"[isolation: {isolation}] {evidence}"
+    return verdict(_STATUS.get(reason, Status.WRONG), reason, "code", time.monotonic() - outcome.seconds, evidence)
+
+
+def _finding(outcome: Outcome, work: Work) -> tuple[Reason, str]:
+    if outcome.status == "lost":
+        return Reason.RUNTIME_ERROR, "the program killed or starved the process that watches it"
+    if outcome.status != "done":
+        return Reason(outcome.status), f"limit of the sandbox after {outcome.seconds:.1f} s"
+    if outcome.compile is not None:
+        return Reason.COMPILE_ERROR, _error_lines(outcome.compile["stderr"])
+    if work.job.mode == "asserts":
+        return _asserts_finding(outcome, work)
+    for run in outcome.runs:
+        if reason := _death(run, work):
+            return reason, _last_words(run, work)
+    if work.job.mode == "programs" and all(isinstance(text, str) for text in work.expected):
+        for run, expected in zip(outcome.runs, work.expected, strict=True):
+            if _lines(run["stdout"]) != _lines(expected):
+                return Reason.WRONG_OUTPUT, f"{run['stdout'][:100]!r} instead of {expected[:100]!r}"
+        return Reason.ALL_PASSED, f"{len(work.expected)} tests"
+    try:
+        return _compare_calls(outcome.runs[0], work)
+    except RecursionError:
+        return Reason.WRONG_OUTPUT, "a result is nested too deeply"
+
+
+def _death(run: dict[str, Any], work: Work) -> Reason | None:
+    """Why a process ended early, as far as its end alone tells."""
+    if run["output_limit"]:
+        return Reason.OUTPUT_LIMIT
+    if run["signal"] == signal.SIGXCPU or (run["signal"] == signal.SIGKILL and run["cpu_seconds"] > 1):
+        return Reason.TIME_LIMIT
+    report = next(iter(_reports(run["channel"], work.job.nonce)[-1:]), {}) if work.job.language == "python" else {}
+    if "error" in report:
+        if report.get("stage") == "compile":
+            return Reason.COMPILE_ERROR
+        if report.get("stage") == "find":
+            return Reason.NO_FUNCTION
+        if report.get("stage") == "value":
+            return Reason.WRONG_OUTPUT
+        return Reason.MEMORY_LIMIT if report["error"] == "MemoryError" else Reason.RUNTIME_ERROR
+    if run["exit"] != 0:
+        return Reason.RUNTIME_ERROR
+    return None
+
+
+def _compare_calls(run: dict[str, Any], work: Work) -> tuple[Reason, str]:
+    if work.job.language == "c":
+        values: list[Any] = [int(line) for line in run["channel"].split() if re.fullmatch(r"-?\d{1,20}", line)]
+    else:
+        values = [_plain(report["value"]) for report in _reports(run["channel"], work.job.nonce) if "value" in report]
+    if len(values) < len(work.expected):
+        return Reason.RUNTIME_ERROR, f"ended after {len(values)} of {len(work.expected)} results"
+    for index, (value, expected) in enumerate(zip(values, work.expected, strict=False)):
+        if not same_value(value, expected):
+            return Reason.WRONG_OUTPUT, f"test {index}: {value!r:.100} instead of {expected!r:.100}"
+    return (Reason.ALL_PASSED, f"{len(values)} tests") if len(values) == len(work.expected) else \
+        (Reason.WRONG_OUTPUT, f"{len(values)} results for {len(work.expected)} tests")
+
+
+def _asserts_finding(outcome: Outcome, work: Work) -> tuple[Reason, str]:
+    assert outcome.candidate is not None
+    tester = next(iter(_reports(outcome.runs[0]["channel"], work.job.nonce)), {})
+    if tester.get("outcome") == "all_passed":
+        return Reason.ALL_PASSED, "asserts passed"
+    if tester.get("outcome") == "bad_check":
+        return Reason.BAD_CHECK, str(tester.get("detail"))
+    if reason := _death(outcome.candidate, work):
+        return reason, _last_words(outcome.candidate, work)
+    if "outcome" in tester:
+        return Reason(tester["outcome"]), str(tester.get("detail"))
+    # the tester ended without a word: drowned in what the candidate returned, or waiting for it
+    return _death(outcome.runs[0], work) or Reason.RUNTIME_ERROR, "the asserts did not finish"
+
+
+def _reports(channel: str, nonce: str) -> list[dict[str, Any]]:
+    """The lines that carry this run's nonce: a stray write to the channel is not a result."""
+    reports = []
+    for line in channel.split("\n"):
+        if line.startswith(nonce + " "):
+            try:
+                report = json.loads(line[len(nonce) + 1:])
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(report, dict):
+                reports.append(report)
+    return reports
+
+
+def _plain(value: Any) -> Any:
+    """The harness's tagged JSON as JSON data; a bare object, equal to nothing, for what JSON cannot express."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (kind, items), = value.items()
+        if kind in ("list", "tuple") and isinstance(items, list):
+            return [_plain(item) for item in items]
+        if kind == "dict" and isinstance(items, list) and all(
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in items):
+            return {key: _plain(item) for key, item in items}
+    return object()
+
+
+def same_value(value: Any, expected: Any) -> bool:
+    """Type-strict equality of JSON data: True is not 1, 1 is not 1.0; floats to 1e-9 relative."""
+    if type(value) is not type(expected):
+        return False
+    if isinstance(value, float):
+        return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
+    if isinstance(value, list):
+        return len(value) == len(expected) and all(map(same_value, value, expected))
+    if isinstance(value, dict):
+        return value.keys() == expected.keys() and all(same_value(value[key], expected[key]) for key in value)
+    return bool(value == expected)
+
+
+def _lines(text: str) -> list[str]:
+    """Output lines without trailing blanks."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def _last_words(run: dict[str, Any], work: Work) -> str:
+    """What a person would want to read about a process that ended early."""
+    for report in _reports(run["channel"], work.job.nonce)[-1:]:
+        if "error" in report:
+            return f"{report['error']}: {report.get('detail', '')}"
+    return _error_lines(run["stderr"])
+
+
+def _error_lines(stderr: str) -> str:
+    errors = [line for line in stderr.split("\n") if "error:" in line] or stderr.strip().split("\n")[-2:]
+    return " ".join(errors)[:250]
