@@ -1,0 +1,1 @@
+"""The mixture-of-experts policy: presets, tokenizer, checkpoints, multi-token prediction, routing and balance."""

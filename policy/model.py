@@ -1,0 +1,158 @@
+"""Load, extend and save the policy: transformers' DeepseekV3ForCausalLM with its MTP module kept.
+
+transformers runs `layers[:num_hidden_layers]` and drops the multi-token-prediction weights on load. Here the
+MTP module is layer `num_hidden_layers` of the same list, so that its tensors load, train and save under the
+names of the released checkpoint (`model.layers.L.enorm`, `.hnorm`, `.eh_proj`, `.shared_head.norm` and a block).
+Embedding and head are shared with the main model (DeepSeek-V3 section 2.2); the copies the format asks for
+are written on save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.masking_utils import create_causal_mask
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
+
+from pipeline.records import Checkpoint
+from policy.presets import ROUTER_KEYS
+
+
+class MTPLayer(DeepseekV3DecoderLayer):
+    """Depth-1 multi-token prediction: RMSNorm(Emb(t+1)) joined with RMSNorm(h) -> linear 2d -> d -> one block.
+
+    The order of the two halves is that of the released weights (embedding first).
+    """
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)})
+
+
+class DeepseekV3WithMTP(DeepseekV3ForCausalLM):
+    """The main model, plus `mtp_hidden_states` for training the MTP module."""
+
+    # the copies of embedding and head stored with the module are the main model's own tensors
+    _keys_to_ignore_on_load_unexpected = [r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
+    # transformers looks for its experts decorator in the source of the module that defines the class
+    _can_set_experts_implementation_cached_value = True
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__(config)
+        if config.num_nextn_predict_layers > 1:
+            raise ValueError(f"num_nextn_predict_layers {config.num_nextn_predict_layers}: depth 1 is supported")
+        if config.num_nextn_predict_layers:
+            self.model.layers.append(MTPLayer(config, config.num_hidden_layers))
+            self.post_init()
+
+    def mtp_hidden_states(self, hidden_states: torch.Tensor, input_ids: torch.Tensor,
+                          position_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states that predict token t + 2 from `hidden_states` at t and the embedding of token t + 1.
+
+        hidden_states: [batch, tokens, hidden], the main model's output after its last norm; input_ids and
+        position_ids: [batch, tokens], positions restarting at each packed sample. Returns
+        [batch, tokens - 1, hidden]; pass it through `lm_head`.
+        """
+        layer = self.model.layers[self.config.num_hidden_layers]
+        position_ids = position_ids[:, :-1]
+        embeds = self.model.embed_tokens(input_ids[:, 1:])
+        joined = layer.eh_proj(torch.cat([layer.enorm(embeds), layer.hnorm(hidden_states[:, :-1])], dim=-1))
+        mask = create_causal_mask(config=self.config, inputs_embeds=joined, attention_mask=None,
+                                  past_key_values=None, position_ids=position_ids)
+        rotary = self.model.rotary_emb(joined, position_ids)
+        hidden = layer(joined, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+        return layer.shared_head["norm"](hidden)
+
+
+def new_policy(config: DeepseekV3Config, seed: int) -> PreTrainedModel:
+    """A freshly initialised FP32 policy."""
+    torch.manual_seed(seed)
+    return DeepseekV3WithMTP(config)
+
+
+def load_policy(folder: Path | str, dtype: str = "float32") -> PreTrainedModel:
+    """Load any Hugging Face causal LM; a DeepSeek-V3 keeps its MTP module.
+
+    Raises FileNotFoundError when `folder` is a path that is not there.
+    """
+    if "/" in str(folder) and Path(folder).is_absolute() and not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    config = AutoConfig.from_pretrained(folder)
+    cls = DeepseekV3WithMTP if config.model_type == "deepseek_v3" else AutoModelForCausalLM
+    return cls.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+def export_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's tensors under checkpoint names, experts apart, balance bias included, MTP copies left out.
+
+    What transformers holds fused (`experts.gate_up_proj`) is split as `save_pretrained` would.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        state.pop("lm_head.weight", None)
+    for name, tensor in revert_weight_conversion(model, state).items():
+        yield name, tensor.contiguous()
+
+
+def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> Checkpoint:
+    """Write a Hugging Face folder: weights, config with the routing keys, tokenizer, `tensors.json` checksums."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in export_tensors(model)}
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["architectures"] = [_hub_architecture(model)]
+    if model.config.model_type == "deepseek_v3":
+        config |= ROUTER_KEYS
+        config["num_local_experts"] = config["n_routed_experts"]
+        if model.config.num_nextn_predict_layers:
+            layer = f"model.layers.{model.config.num_hidden_layers}"
+            tensors[f"{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors[f"{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checksums = {name: checksum(tensor) for name, tensor in sorted(tensors.items())}
+    (folder / "tensors.json").write_text(json.dumps(checksums, indent=0))
+    return Checkpoint(path=str(folder), digest=_digest(checksums))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The identity of a checkpoint folder, from `tensors.json` or, for a foreign folder, from its weight files."""
+    listed = folder / "tensors.json"
+    if listed.exists():
+        return Checkpoint(path=str(folder), digest=_digest(json.loads(listed.read_text())))
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    if len(files) < 2:
+        raise FileNotFoundError(f"{folder}: no *.safetensors in this folder; give a Hugging Face model folder")
+    found = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            found |= {name: checksum(tensor) for name, tensor in load_file(file).items()}
+    return Checkpoint(path=str(folder), digest=_digest(found))
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Hash of dtype, shape and bytes of one tensor."""
+    tensor = tensor.detach().cpu().contiguous()
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.blake2b(head + tensor.view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _digest(checksums: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hub_architecture(model: PreTrainedModel) -> str:
+    return "DeepseekV3ForCausalLM" if isinstance(model, DeepseekV3WithMTP) else type(model).__name__

@@ -1,0 +1,70 @@
+"""The tiny model's tokenizer: byte-level BPE, digits alone, and a chat template that marks thinking and answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+# `{% generation %}` marks what the model itself writes, so that masks can be read off the template.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>{% generation %}{{ message['content'] }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train on `texts`; any text is encodable (256 byte tokens), each digit is a token of its own.
+
+    `<think>` and `</think>` are ordinary added tokens: they survive `skip_special_tokens=True`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.Split(Regex(r"\n"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, BOS, EOS, *ROLES.values()]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([THINK_OPEN, THINK_CLOSE])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS,
+                                   chat_template=CHAT_TEMPLATE, model_max_length=max_length,
+                                   clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Load a checkpoint folder's tokenizer; FileNotFoundError when the folder has none.
+
+    A tokenizer without a chat template cannot serve a post-training run, so that is an error as well.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and not any((folder / name).exists() for name in
+                                   ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise FileNotFoundError(f"{folder}: no tokenizer in this checkpoint folder; copy tokenizer.json and "
+                                "tokenizer_config.json of the model it was trained from into it")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{folder}: its tokenizer has no chat template; add chat_template.jinja to the folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Iterable[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the assistant begins to write."""
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of the assistant's turn, end-of-turn token included."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -1,0 +1,111 @@
+"""What both trainers share: checkpoints that resume exactly, the balance bias, the curve file.
+
+transformers' `Trainer` resumes a mixture of experts wrongly in silence: `_save` writes experts apart,
+`_load_from_checkpoint` looks for them fused, with `strict=False`. It also leaves half a checkpoint behind
+when killed while saving. `PolicyTrainer` replaces both methods and marks a checkpoint when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from pipeline.stage import Progress
+from policy.balance import RouterProbe
+
+COMPLETE = "complete"  # marker file of a checkpoint that was fully written
+
+
+class PolicyTrainer:
+    """Mixin for `SFTTrainer` and `GRPOTrainer`; call `watch` after construction."""
+
+    probe: RouterProbe
+
+    def watch(self, progress: Progress, curve: Path, bias_gamma: float) -> None:
+        """Attach the router probe, the bias update and the curve file."""
+        self.probe = RouterProbe(self.model)
+        self.add_callback(_Watch(self.probe, progress, curve, bias_gamma))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Override of `Trainer._save`: the raw state dict, every buffer included, under in-memory names."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous().clone()
+                 for name, tensor in self.accelerator.unwrap_model(self.model).state_dict().items()}
+        save_file(state, folder / "state.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Override of `Trainer._load_from_checkpoint`: strict, so a missing tensor is an error."""
+        target = self.accelerator.unwrap_model(model or self.model)
+        target.load_state_dict(load_file(Path(resume_from_checkpoint) / "state.safetensors"), strict=True)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint under `folder`; removes those a kill left half-written."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            found[int(path.name.rpartition("-")[2])] = path
+        else:
+            shutil.rmtree(path)
+    return str(found[max(found)]) if found else None
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """The rows of a curve file, one per optimizer step."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, probe: RouterProbe, progress: Progress, curve: Path, bias_gamma: float):
+        self.probe, self.progress, self.curve, self.bias_gamma = probe, progress, curve, bias_gamma
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Cut the curve back to the step the checkpoint is at, so that resumed steps stand once."""
+        rows = [row for row in read_curve(self.curve) if row["step"] <= state.global_step]
+        self.curve.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.progress.start(state.max_steps, "steps", done=state.global_step)
+        if state.global_step:
+            self.progress.note(f"resumes after step {state.global_step} of {state.max_steps}")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.probe.reset()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.bias_gamma and self.probe.routers:
+            self.probe.update_bias(self.bias_gamma)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step} | {key: value for key, value in logs.items()
+                                             if isinstance(value, int | float)}
+        if self.probe.routers and self.probe.loads.any():
+            row["max_violation"] = self.probe.max_violation()
+        with open(self.curve, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.progress.advance(1, **{key: row[key] for key in ("loss", "reward", "mean_token_accuracy") if key in row})
+
+    def on_save(self, args, state, control, **kwargs):
+        marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+        for file in marker.parent.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        marker.touch()
+        # not the trainer's `save_total_limit`, which deletes older checkpoints before this one is marked whole
+        for older in marker.parent.parent.glob("checkpoint-*"):
+            if older != marker.parent:
+                shutil.rmtree(older)
+
+
+def torch_threads() -> int:
+    """Threads a trainer may use: those of the machine, as Ray pins workers to one thread by default."""
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads
