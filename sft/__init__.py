@@ -1,0 +1,1 @@
+"""Supervised training: packing with isolated samples, and the trainer with balance and MTP losses."""

@@ -1,0 +1,120 @@
+"""The SFT trainer: TRL's SFTTrainer on packs, plus the MTP loss and the sequence-wise balance loss.
+
+Loss = CE + mtp_lambda * CE of the MTP module + balance_alpha * balance loss (DeepSeek-V3 sections 2.1.2, 2.2).
+All three are sums over tokens divided by what the whole optimizer step holds, so the loss does not depend on
+how the step is cut into micro-batches or packs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.recipe import TrainConfig
+from pipeline.stage import Progress, StageError
+from policy.model import load_policy, save_policy
+from policy.tokenizer import load_tokenizer
+from policy.training import PolicyTrainer, last_checkpoint, read_curve, torch_threads
+from sft.optimizer import MuonWithAdamW
+from sft.packing import IGNORE
+
+
+class PackedSFTTrainer(PolicyTrainer, SFTTrainer):
+    """`train_dataset` holds packs (`input_ids`, `labels`, `position_ids`), used as they are."""
+
+    def __init__(self, *args: Any, config: TrainConfig, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.policy_config = config
+        self._last_hidden: torch.Tensor | None = None
+        self.model.base_model.register_forward_hook(self._keep_hidden)
+
+    def _keep_hidden(self, _module, _inputs, output) -> None:
+        self._last_hidden = output.last_hidden_state
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Override of `SFTTrainer.compute_loss`: adds the MTP and balance losses to TRL's."""
+        config, pad_id = self.policy_config, self.processing_class.pad_token_id
+        self.probe.begin(inputs["input_ids"] != pad_id)
+        loss = super().compute_loss(model, dict(inputs), return_outputs=False, num_items_in_batch=num_items_in_batch)
+        hidden, self._last_hidden = self._last_hidden, None
+        if config.mtp_lambda and getattr(model.config, "num_nextn_predict_layers", 0):
+            mtp_loss = self._mtp_loss(model, hidden, inputs, num_items_in_batch)
+            self._metrics["train"]["mtp_loss"].append(mtp_loss.item() * self.args.gradient_accumulation_steps)
+            loss = loss + config.mtp_lambda * mtp_loss
+        if config.balance_alpha and self.probe.routers:
+            loss = loss + config.balance_alpha * self.probe.balance_loss(inputs["position_ids"], config.batch_tokens)
+        return loss
+
+    def _mtp_loss(self, model, hidden: torch.Tensor, inputs: dict[str, torch.Tensor], num_items) -> torch.Tensor:
+        """Cross-entropy of token t + 2 inside the same sample, summed and divided as TRL divides its own."""
+        positions = inputs["position_ids"]
+        predicted = model.mtp_hidden_states(hidden, inputs["input_ids"], positions)[:, :-1]
+        same_sample = positions[:, 2:] == positions[:, :-2] + 2
+        labels = inputs["labels"][:, 2:].masked_fill(~same_sample, IGNORE)
+        logits = model.lm_head(predicted).float()
+        total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        count = (labels != IGNORE).sum() if num_items is None else num_items
+        return total / torch.as_tensor(count).clamp(min=1)
+
+
+def _optimizer(model, config: TrainConfig) -> torch.optim.Optimizer | None:
+    """None for AdamW everywhere, which transformers makes itself."""
+    if config.muon_learning_rate is None:
+        return None
+    return MuonWithAdamW(model, muon_learning_rate=config.muon_learning_rate, learning_rate=config.learning_rate,
+                         adam_beta2=config.adam_beta2, weight_decay=config.weight_decay)
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Packs are of equal length: stack them, [packs, pack_length] each."""
+    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels", "position_ids")}
+
+
+def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work: Path, seed: int, dtype: str,
+              progress: Progress) -> dict[str, float]:
+    """Train the policy in `start` on the packs, from the last checkpoint in `work` if there is one.
+
+    Writes `out/checkpoint` and `out/curve.jsonl`; returns final metrics. Raises StageError when there are
+    no packs, or when the loss stops being finite.
+    """
+    torch_threads()
+    if not pq.read_metadata(packs).num_rows:
+        raise StageError(f"{packs}: no packs to train on; the curate stage kept no sample")
+    tokenizer = load_tokenizer(start)
+    model = load_policy(start, dtype)
+    dataset = Dataset.from_parquet(str(packs), cache_dir=str(work / "cache"), columns=[
+        "input_ids", "labels", "position_ids"])
+    curve = work / "curve.jsonl"
+    packs_per_step = min(config.batch_tokens // config.pack_length, len(dataset))
+    per_device = min(config.packs_per_device, packs_per_step)
+    args = SFTConfig(
+        output_dir=str(work), seed=seed, data_seed=seed, max_length=None, packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+        per_device_train_batch_size=per_device, gradient_accumulation_steps=packs_per_step // per_device,
+        num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate / config.learning_rate},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay, adam_beta1=0.9, adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm, logging_steps=1, logging_nan_inf_filter=False,
+        save_steps=config.save_steps, report_to="none", disable_tqdm=True,
+        bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
+    trainer = PackedSFTTrainer(model, args=args, train_dataset=dataset, data_collator=collate,
+                               processing_class=tokenizer, config=config, optimizers=(_optimizer(model, config), None))
+    trainer.watch(progress, curve, config.bias_gamma)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    rows = read_curve(curve)
+    if any(row["loss"] != row["loss"] for row in rows):
+        raise StageError(f"{curve}: the loss is not a number; lower the stage's learning_rate")
+    save_policy(model, tokenizer, out / "checkpoint")
+    (out / "curve.jsonl").write_text(curve.read_text())
+    tail = rows[-max(1, len(rows) // 10):]
+    return {"steps": len(rows), **{key: sum(row[key] for row in tail) / len(tail)
+                                   for key in ("loss", "mtp_loss", "mean_token_accuracy", "max_violation")
+                                   if key in tail[-1]}}

@@ -1,0 +1,71 @@
+"""The TRL and transformers methods the trainers override or rely on; an upgrade that changes one fails here."""
+
+import inspect
+
+import pytest
+from transformers import Trainer, TrainerCallback
+from trl import GRPOTrainer, SFTTrainer
+
+from rl.trainer import VerifiedGRPOTrainer
+from sft.trainer import PackedSFTTrainer
+
+SIGNATURES = {
+    SFTTrainer.compute_loss: "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    GRPOTrainer.compute_loss: "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    GRPOTrainer._generate_single_turn:
+        "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
+    GRPOTrainer._calculate_rewards: "(self, inputs, prompts, completions, completion_ids_list)",
+    GRPOTrainer._generate_and_score_completions: "(self, inputs)",
+    GRPOTrainer._prepare_inputs: "(self, generation_batch)",
+    GRPOTrainer._tokenize_prompts: "(self, prompts)",
+    Trainer._save: "(self, output_dir=None, state_dict=None)",
+    Trainer._load_from_checkpoint: "(self, resume_from_checkpoint, model=None)",
+    TrainerCallback.on_save: "(self, args, state, control, **kwargs)",
+    TrainerCallback.on_optimizer_step: "(self, args, state, control, **kwargs)",
+}
+
+
+@pytest.mark.parametrize("method", SIGNATURES, ids=lambda method: method.__qualname__)
+def test_the_signature_is_the_one_the_overrides_were_written_for(method):
+    signature = inspect.signature(method)
+    plain = signature.replace(return_annotation=inspect.Signature.empty, parameters=[
+        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()])
+    assert str(plain) == SIGNATURES[method]
+
+
+@pytest.mark.parametrize("ours", [PackedSFTTrainer, VerifiedGRPOTrainer])
+def test_overrides_take_the_parameters_of_what_they_override(ours):
+    overridden = [name for cls in ours.__mro__[:2] for name in vars(cls)
+                  if not name.startswith("__") and hasattr(ours.__mro__[2], name)
+                  and callable(getattr(ours, name))]
+    assert {"compute_loss", "_save", "_load_from_checkpoint"} <= set(overridden)
+    for name in overridden:
+        mine, theirs = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (ours, ours.__mro__[2]))
+        assert mine == theirs, name
+
+
+@pytest.mark.parametrize("line", [
+    "self.use_vllm = args.use_vllm", "self._buffered_inputs = None", "self._step = 0", "self.ref_model = ",
+    "self.vllm_importance_sampling_correction = args.vllm_importance_sampling_correction"])
+def test_the_grpo_trainer_still_keeps_the_attributes_ours_reads_and_sets(line):
+    assert line in inspect.getsource(GRPOTrainer.__init__)
+
+
+@pytest.mark.parametrize(("method", "line"), [
+    # engine log-probs are taken for what they are where use_vllm is set, and nowhere else
+    (GRPOTrainer._generate_and_score_completions, "if self.use_vllm and self.vllm_importance_sampling_correction:"),
+    (GRPOTrainer._generate_and_score_completions, "self._calculate_rewards(inputs, prompts, completions, "),
+    # rows without a reward leave the baseline
+    (GRPOTrainer._generate_and_score_completions, "unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)"),
+    (GRPOTrainer._generate, "self._generate_single_turn("),
+    (GRPOTrainer._prepare_inputs, "self._buffered_inputs[self._step % self.args.steps_per_generation]"),
+    (GRPOTrainer.training_step, "self._step += 1"),
+    # the mean over the slot's rows, divided by the slots: what compute_loss scales by the rows of a slot
+    (GRPOTrainer._compute_loss, "mask.sum(-1).clamp(min=1.0)).mean()"),
+    (GRPOTrainer._compute_loss, "normalizer = self.current_gradient_accumulation_steps"),
+    # the sum over tokens divided by those of the whole step: what the MTP loss imitates
+    (SFTTrainer.compute_loss, "loss = per_token_loss.sum() / torch.as_tensor(num_tokens).clamp(min=1)"),
+    (Trainer._save_checkpoint, "self.save_model(output_dir, _internal_call=True)"),
+])
+def test_the_library_still_does_what_an_override_relies_on(method, line):
+    assert line in inspect.getsource(method)

@@ -1,0 +1,149 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_packing import random_samples
+from tiny_models import Killed, Quiet, save_tiny, tiny_tokenizer
+
+from pipeline.recipe import TrainConfig
+from pipeline.stage import StageError
+from policy.model import load_policy
+from policy.training import COMPLETE, _Watch, last_checkpoint, read_curve
+from sft.packing import IGNORE, pack_samples
+from sft.trainer import train_sft
+
+PACK = 32
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{"batch_tokens": 4 * PACK, "pack_length": PACK, "packs_per_device": 4, "max_steps": 6,
+                          "learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 2, "mtp_lambda": 0.3,
+                          "balance_alpha": 0.01, "bias_gamma": 1e-3, "save_steps": 3, **changes})
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    made, _ = pack_samples(random_samples(80, 5), PACK, tiny_tokenizer().pad_token_id, seed=0)
+    path = tmp_path_factory.mktemp("packs") / "packs.parquet"
+    pq.write_table(pa.Table.from_pylist([vars(pack) for pack in made]), path)
+    return path
+
+
+def train(folder, start, packs, progress=None, **changes):
+    """Train in folder/work into folder/out; returns the curve."""
+    for name in ("work", "out"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    train_sft(config(**changes), start=start, packs=packs, out=folder / "out", work=folder / "work", seed=0,
+              dtype="float32", progress=progress or Quiet())
+    return read_curve(folder / "out/curve.jsonl")
+
+
+def losses(curve):
+    return [(row["step"], row["loss"], row["mtp_loss"], row["grad_norm"]) for row in curve]
+
+
+def test_the_loss_does_not_depend_on_packs_per_device(tmp_path, start, packs):
+    curves = [train(tmp_path / str(size), start, packs, packs_per_device=size, max_steps=3) for size in (1, 4)]
+    assert [row["step"] for row in curves[0]] == [1, 2, 3]
+    for one, four in zip(*curves, strict=True):
+        for key in ("loss", "mtp_loss", "grad_norm"):
+            assert one[key] == pytest.approx(four[key], rel=1e-5)
+        assert one["max_violation"] == four["max_violation"]
+
+
+def test_the_first_loss_is_cross_entropy_plus_mtp_plus_balance(tmp_path, start, packs):
+    """Computed a second time from the formulas, over one step that holds every pack."""
+    rows = pq.read_table(packs).to_pylist()
+    curve = train(tmp_path, start, packs, batch_tokens=len(rows) * PACK, packs_per_device=len(rows), max_steps=1)
+    ids, labels, positions = (torch.tensor([row[key] for row in rows])
+                              for key in ("input_ids", "labels", "position_ids"))
+    model = load_policy(start)
+    with torch.no_grad():
+        hidden = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
+        following = torch.log_softmax(model.lm_head(hidden), -1)
+        after = torch.log_softmax(model.lm_head(model.mtp_hidden_states(hidden, ids, positions)), -1)
+    count, main, mtp = int((labels[:, 1:] != IGNORE).sum()), 0.0, 0.0
+    for row in range(len(rows)):
+        for t in range(PACK - 1):
+            if labels[row, t + 1] != IGNORE:
+                main -= float(following[row, t, labels[row, t + 1]])
+            same_sample = t + 2 < PACK and positions[row, t + 2] == positions[row, t] + 2
+            if same_sample and labels[row, t + 2] != IGNORE:
+                mtp -= float(after[row, t, labels[row, t + 2]])
+    assert curve[0]["mtp_loss"] == pytest.approx(mtp / count, rel=1e-5)
+    balance = (curve[0]["loss"] - main / count - 0.3 * mtp / count) / 0.01
+    assert 3 * 0.9 < balance < 3 * 1.5  # three routers, each near 1 when its load is even
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"muon_learning_rate": 0.01}], ids=["adamw", "muon"])
+def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path, start, packs, optimizer):
+    unbroken = train(tmp_path / "unbroken", start, packs, **optimizer)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", start, packs, Quiet(kill_at=4), **optimizer)
+    assert [row["step"] for row in read_curve(tmp_path / "killed/work/curve.jsonl")] == [1, 2, 3, 4]
+    progress = Quiet()
+    resumed = train(tmp_path / "killed", start, packs, progress, **optimizer)
+    assert progress.done == 6
+    assert losses(resumed) == losses(unbroken)
+    final = [load_policy(tmp_path / name / "out/checkpoint").state_dict() for name in ("unbroken", "killed")]
+    assert [name for name in final[0] if not torch.equal(final[0][name], final[1][name])] == []
+    before = load_policy(start).state_dict()
+    moved = [name for name in before if not torch.equal(before[name], final[0][name])]
+    assert {"model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.3.eh_proj.weight",
+            "model.layers.3.mlp.gate.e_score_correction_bias"} <= set(moved)
+
+
+def test_a_half_written_checkpoint_is_removed_and_the_whole_one_before_it_used(tmp_path):
+    for step, whole in ((3, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_kill_before_a_checkpoint_is_marked_whole_leaves_the_one_before_it(tmp_path, start, packs, monkeypatch):
+    on_save = _Watch.on_save
+
+    def killed_at_the_second(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise Killed("between the last file and the marker")
+        return on_save(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Watch, "on_save", killed_at_the_second)
+        with pytest.raises(Killed):
+            train(tmp_path, start, packs, save_steps=2)
+    assert last_checkpoint(tmp_path / "work") == str(tmp_path / "work/checkpoint-2")
+
+
+def test_one_whole_checkpoint_is_left_when_training_ends(tmp_path, start, packs):
+    train(tmp_path, start, packs, save_steps=2)
+    assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_no_packs_is_a_clear_error(tmp_path, start, packs):
+    empty = tmp_path / "packs.parquet"
+    pq.write_table(pq.read_table(packs).slice(0, 0), empty)
+    with pytest.raises(StageError, match="no packs to train on"):
+        train(tmp_path, start, empty)
+
+
+def test_a_loss_that_is_not_a_number_is_a_clear_error(tmp_path, packs):
+    broken = save_tiny(tmp_path / "broken")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match="not a number; lower the stage's learning_rate"):
+        train(tmp_path, broken, packs, max_steps=1)
+    assert json.loads((tmp_path / "work/curve.jsonl").read_text().splitlines()[0])["step"] == 1
