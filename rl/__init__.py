@@ -1,0 +1,1 @@
+"""Reinforcement learning: the vLLM engine, weight sync with proof, and the GRPO trainer."""

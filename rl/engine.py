@@ -1,0 +1,276 @@
+"""The rollout engine: vLLM in a Ray actor, its weights replaced in memory.
+
+Two faults of vLLM's CPU back end are silent, so both remedies stand here and `rl/sync.py` proves each load:
+its rotary kernel is wrong for DeepSeek models with more than one head (remedy: torch operators through
+`custom_ops: none`), and a weight update leaves experts in an unpacked layout (remedy: drop `moe_kernel`, which is
+rebuilt with the layout, before each reload). A third is loud: a seeded request whose prompt is prefilled in
+chunks ends the engine, because CPU generators have no offset to turn back (remedy: no chunked prefill).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from pipeline.recipe import EngineConfig
+from pipeline.stage import StageError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. The seed makes it repeatable whatever is in the batch beside it."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """token_ids ends with the end-of-turn token when finish_reason is "stop".
+
+    logprobs: one per token, under the distribution sampled from (after temperature and top-p).
+    finish_reason: "stop", "length", or "too_long" for a prompt that leaves no room for a token.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+
+
+class EngineActor:
+    """Runs inside the actor's process; `RolloutEngine` is its client."""
+
+    def __init__(self, folder: str, config: dict[str, Any], dtype: str, max_length: int, seed: int):
+        settings = EngineConfig.model_validate(config)
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
+                          VLLM_NO_USAGE_STATS="1", OMP_WAIT_POLICY="passive",
+                          # a collective_rpc of a function is pickled; both sides are this process
+                          VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+        options: dict[str, Any] = {}
+        if not settings.gpus:
+            os.environ.update(VLLM_CPU_KVCACHE_SPACE=str(settings.kv_cache_gib), VLLM_MLA_DISABLE="1",
+                              VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(os.cpu_count() or 1))
+            options = {"distributed_executor_backend": "uni", "compilation_config": {"custom_ops": ["none"]},
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_length)}
+        from vllm import LLM
+
+        self.max_length = max_length
+        self.version = 0
+        self.llm = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=max_length, seed=seed,
+                       max_num_seqs=settings.max_sequences, tensor_parallel_size=settings.tensor_parallel,
+                       logprobs_mode="processed_logprobs", generation_config="vllm", **options)
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Generation]:
+        from vllm import SamplingParams
+
+        fits = [index for index, request in enumerate(requests) if len(request.prompt_ids) < self.max_length]
+        prompts = [{"prompt_token_ids": list(requests[index].prompt_ids)} for index in fits]
+        params = [SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, logprobs=0, seed=requests[index].seed,
+            max_tokens=min(sampling.max_tokens, self.max_length - len(requests[index].prompt_ids))) for index in fits]
+        results = [Generation((), (), "too_long")] * len(requests)
+        if not fits:
+            return results
+        for index, output in zip(fits, self.llm.generate(prompts, params, use_tqdm=False), strict=True):
+            completion = output.outputs[0]
+            token_ids = tuple(completion.token_ids)
+            logprobs = tuple(step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True))
+            results[index] = Generation(token_ids, logprobs, completion.finish_reason or "stop")
+        return results
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each prompt token but the first, at temperature 1."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts],
+                                    SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        return [[output.prompt_logprobs[i][token].logprob for i, token in enumerate(ids) if i]
+                for ids, output in zip(prompts, outputs, strict=True)]
+
+    def update(self, names: list[str], tensors: list[Any], checksums: dict[str, str], version: int) -> None:
+        """Check what arrived against the sender's checksums, then load it and drop cached prefixes."""
+        import torch
+
+        from policy.model import checksum
+
+        weights = []
+        for (name, dtype, shape), data in zip(names, tensors, strict=True):
+            # Ray's shared memory is read-only; vLLM copies from it and never writes
+            tensor = torch.frombuffer(memoryview(data), dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
+            if checksum(tensor) != checksums[name]:
+                raise StageError(f"weight sync: {name} arrived damaged (checksum differs)")
+            weights.append((name, tensor))
+        self._reload(weights, version)
+
+    def load_folder(self, folder: str) -> None:
+        """Replace the weights by those of a checkpoint folder, read shard by shard."""
+        from safetensors import safe_open
+
+        def read() -> Iterable[tuple[str, Any]]:
+            for file in sorted(Path(folder).glob("*.safetensors")):
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (not a dict)
+                        yield name, opened.get_tensor(name)
+
+        self._reload(read(), 0)
+
+    def _reload(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        def load(worker) -> None:
+            for module in worker.model_runner.get_model().modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
+            worker.model_runner.reload_weights(weights_iterator=iter(weights), is_checkpoint_format=True)
+
+        self.llm.collective_rpc(load)
+        self.llm.reset_prefix_cache()
+        self.version = version
+
+    def read_back(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+        """Checksums of the engine's own tensors, for those it holds under the same name and shape."""
+        from policy.model import checksum
+
+        def read(worker) -> dict[str, str]:
+            model = worker.model_runner.get_model()
+            held = dict(model.named_parameters()) | dict(model.named_buffers())
+            return {name: checksum(held[name].data) for name, shape in shapes.items()
+                    if name in held and tuple(held[name].shape) == tuple(shape)}
+
+        return self.llm.collective_rpc(read)[0]
+
+
+class RolloutEngine:
+    """Client of one engine actor. Use `open_engine`, which reuses an actor that fits."""
+
+    def __init__(self, actor: ActorHandle):
+        self.actor = actor
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        """Sample one completion per request, in order. A dead engine is a StageError naming the remedy."""
+        return self._call("generate", list(requests), sampling)
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        return self._call("prompt_logprobs", prompts)
+
+    def load_folder(self, folder: Path) -> None:
+        self._call("load_folder", str(folder))
+
+    def read_back(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+        return self._call("read_back", shapes)
+
+    def update(self, tensors: dict[str, Any], checksums: dict[str, str], version: int) -> None:
+        """Send tensors through shared memory and load them; returns when the engine uses them."""
+        import torch
+
+        heads = [(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                 for name, tensor in tensors.items()]
+        # raw bytes, because NumPy has no bfloat16 and Ray shares NumPy arrays without a copy
+        payload = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                   for tensor in tensors.values()]
+        self._call("update", heads, payload, checksums, version)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return ray.get(getattr(self.actor, method).options(name=f"engine:{method}").remote(*args))
+        except ray.exceptions.RayActorError as error:
+            raise StageError(f"the rollout engine died during {method} ({error}); often memory: lower "
+                             "engine.kv_cache_gib or engine.max_sequences and run the same command to resume") from None
+
+
+# config.json keys that say where a checkpoint comes from, not what shape it has
+NOT_ARCHITECTURE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+
+
+def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: int, seed: int,
+                role: str = "policy") -> RolloutEngine:
+    """An engine with the weights of `folder`.
+
+    A running engine of the same role and architecture takes the weights in memory (0.1 s on the tiny model);
+    otherwise a new actor starts (about 15 s on two cores).
+    """
+    architecture = {key: value for key, value in json.loads((folder / "config.json").read_text()).items()
+                    if key not in NOT_ARCHITECTURE}
+    signature = json.dumps([architecture, config.model_dump(), dtype, max_length], sort_keys=True, default=str)
+    name = f"engine-{role}-{hashlib.sha256(signature.encode()).hexdigest()[:8]}"
+    try:
+        engine = RolloutEngine(ray.get_actor(name))
+        engine.load_folder(folder)
+        return engine
+    except ValueError:
+        pass  # no such actor yet
+    _stop_others(f"engine-{role}-")
+    actor_class = ray.remote(EngineActor).options(name=name, num_cpus=0, num_gpus=config.gpus, max_restarts=0)
+    actor = actor_class.remote(str(folder), config.model_dump(), dtype, max_length, seed)
+    _OPEN[name] = actor  # a named actor lives as long as a handle of its owner
+    return RolloutEngine(actor)
+
+
+_OPEN: dict[str, ActorHandle] = {}
+
+
+def _stop_others(prefix: str) -> None:
+    """End this process's engines of a role before another architecture takes their memory."""
+    for name in [name for name in _OPEN if name.startswith(prefix)]:
+        ray.kill(_OPEN.pop(name))
+
+
+def chat_generator(engine: RolloutEngine, encode: Callable[[Any], list[int]], decode: Callable[[tuple[int, ...]], str],
+                   sampling: Sampling) -> Callable[[list[Any], int, int], list[list[str]]]:
+    """`generate(conversations, n, seed) -> n texts each`, the form `rewards.judge.Judge` asks for."""
+
+    def generate(conversations: list[Any], n: int, seed: int) -> list[list[str]]:
+        requests = [Request(tuple(encode(messages)), (seed * 1_000_003 + index * n + vote) % 2**31)
+                    for index, messages in enumerate(conversations) for vote in range(n)]
+        texts = [decode(generation.token_ids) for generation in engine.generate(requests, sampling)]
+        return [texts[start:start + n] for start in range(0, len(texts), n)]
+
+    return generate
+
+
+def selftest() -> str:
+    """Start an engine on a tiny untrained policy and compare its log-probs with transformers; one line on success.
+
+    Runs in this process, without Ray. Raises StageError when the two disagree.
+    """
+    import random
+    import tempfile
+
+    import torch
+
+    from policy.model import load_policy, new_policy, save_policy
+    from policy.presets import tiny_config
+    from policy.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["1 + 2 = 3"], 300, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        save_policy(new_policy(tiny_config(vocab_size=300, max_length=64), 0), tokenizer, Path(folder))
+        actor = EngineActor(folder, EngineConfig().model_dump(), "float32", 64, 0)
+        model = load_policy(folder)
+        prompt = [random.Random(0).randrange(256) for _ in range(16)]
+        sampled = actor.generate([Request(tuple(prompt), 0)], Sampling(1.0, 8))[0]
+        ids = torch.tensor([prompt + list(sampled.token_ids)])
+        with torch.no_grad():
+            ours = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1], -1)
+    error = max(abs(float(ours[i, token]) - sampled.logprobs[i]) for i, token in enumerate(sampled.token_ids))
+    if error > 1e-4:
+        raise StageError(f"vLLM and transformers disagree on a tiny model by {error:.2g} in log-prob")
+    return f"generated {len(sampled.token_ids)} tokens; log-probs agree with transformers to {error:.1e}"
+
+
+if __name__ == "__main__":
+    print(selftest())

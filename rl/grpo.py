@@ -1,0 +1,69 @@
+"""Run one GRPO training to its end, from its last checkpoint when there is one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from pipeline.recipe import GrpoConfig
+from pipeline.records import Rollout, read_table, write_table
+from pipeline.stage import Progress, StageError
+from policy.model import load_policy, save_policy
+from policy.tokenizer import load_tokenizer
+from policy.training import last_checkpoint, read_curve, torch_threads
+from rl.engine import RolloutEngine
+from rl.trainer import LEDGER, ROLLOUTS, Prompt, Scorer, VerifiedGRPOTrainer
+
+
+def train_grpo(config: GrpoConfig, *, start: Path, prompts: Sequence[Prompt], engine: RolloutEngine, scorer: Scorer,
+               out: Path, work: Path, seed: int, dtype: str, max_logprob_error: float, progress: Progress
+               ) -> tuple[dict[str, float], dict[str, int]]:
+    """Train the policy in `start`; the same folder is the KL reference.
+
+    Writes `out/checkpoint`, `curve.jsonl`, `rollouts.parquet`, `ledger.jsonl`; returns metrics and the count of
+    prompts by what became of them. Raises StageError when sync, drift or infrastructure gates close.
+    """
+    if not prompts:
+        raise StageError("rl: no prompts; give the domains rows in the rl split (domains.NAME.splits.rl)")
+    torch_threads()
+    tokenizer = load_tokenizer(start)
+    trainer = VerifiedGRPOTrainer(config, prompts, engine, scorer, load_policy(start, dtype), tokenizer, work, seed,
+                                  max_logprob_error)
+    curve = work / "curve.jsonl"
+    trainer.watch(progress, curve, config.bias_gamma)
+    trainer.add_callback(_ReplaceReference(trainer, config.reference_steps * config.mini_batches))
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out / "checkpoint")
+    rows = read_curve(curve)
+    (out / "curve.jsonl").write_text(curve.read_text())
+    (out / LEDGER).write_text((work / LEDGER).read_text())
+    rollouts = [rollout for file in sorted((work / ROLLOUTS).glob("*.parquet"))
+                for rollout in read_table(file, Rollout)]
+    write_table(out / "rollouts.parquet", rollouts, Rollout)
+    tenth = max(1, len(rows) // 10)
+    metrics = {"steps": len(rows)}
+    for key in ("rollout_reward", "rollout_accuracy", "kl", "completions/mean_length"):
+        found = [row[key] for row in rows if key in row]
+        if found:
+            metrics |= {f"{key}_first": sum(found[:tenth]) / tenth, f"{key}_last": sum(found[-tenth:]) / tenth}
+    for key, name in (("sampling/sampling_logp_difference/mean", "drift_mean"),
+                      ("sampling/sampling_logp_difference/max", "drift_max"),
+                      ("sync_logprob_error", "sync_logprob_error_max")):
+        found = [row[key] for row in rows if key in row]
+        if found:
+            metrics[name] = max(found)
+    states = Counter(json.loads(line)["state"] for line in (out / LEDGER).read_text().splitlines())
+    return metrics, dict(states)
+
+
+class _ReplaceReference(TrainerCallback):
+    def __init__(self, trainer: VerifiedGRPOTrainer, every: int):
+        self.trainer, self.every = trainer, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.trainer.replace_reference()

@@ -1,0 +1,82 @@
+"""Weight sync and its proof: the engine uses the trainer's weights, or the run stops.
+
+Three checks after each load: every tensor arrives with the sender's checksum; tensors the engine keeps under
+their own name and shape (norms and balance biases; matrices it pads, packs or fuses are not among them) are read
+back and compared; and the log-probs of fixed prompts agree between engine and trainer within
+`engine.max_logprob_error`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.stage import StageError
+from policy.model import checksum, export_tensors, load_policy
+from rl.engine import RolloutEngine
+
+PROBE_LENGTHS = (24, 40, 56)
+
+
+@dataclass(frozen=True)
+class SyncProof:
+    """What was compared: tensors sent, tensors read back, and the largest log-prob difference."""
+
+    tensors: int
+    read_back: int
+    max_logprob_error: float
+
+
+def sync_weights(model: PreTrainedModel, engine: RolloutEngine, version: int, bound: float) -> SyncProof:
+    """Send the policy to the engine and prove it. Raises StageError when trainer and engine disagree."""
+    tensors = {name: tensor for name, tensor in export_tensors(model) if not _is_mtp(model, name)}
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    engine.update(tensors, checksums, version)
+    return _prove(model, engine, tensors, checksums, bound)
+
+
+def prove_checkpoint(folder: Path, dtype: str, engine: RolloutEngine, bound: float) -> SyncProof:
+    """The same proof for an engine that read a checkpoint folder by itself."""
+    model = load_policy(folder, dtype)
+    tensors = {name: tensor for name, tensor in export_tensors(model) if not _is_mtp(model, name)}
+    return _prove(model, engine, tensors, {name: checksum(tensor) for name, tensor in tensors.items()}, bound)
+
+
+def _prove(model: PreTrainedModel, engine: RolloutEngine, tensors: dict[str, torch.Tensor],
+           checksums: dict[str, str], bound: float) -> SyncProof:
+    held = engine.read_back({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    stale = [name for name, value in held.items() if value != checksums[name]]
+    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    if stale or not all(name in held for name in biases):
+        names = stale or [name for name in biases if name not in held]
+        raise StageError(f"weight sync: the engine does not hold the trainer's {names[:3]} ({len(names)} tensors)")
+    error = logprob_error(model, engine)
+    if not error <= bound:
+        raise StageError(
+            f"weight sync: log-probs of the fixed prompts differ by {error:.2e} between engine and trainer "
+            f"(engine.max_logprob_error is {bound:g}). Weights or kernels of the two do not agree; for a "
+            "bfloat16 model a bound near 0.2 is usual, for float32 1e-4")
+    return SyncProof(len(tensors), len(held), error)
+
+
+@torch.no_grad()
+def logprob_error(model: PreTrainedModel, engine: RolloutEngine) -> float:
+    """Largest |trainer - engine| log-prob over the tokens of three fixed prompts."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, min(model.config.vocab_size, 50_000), (length,), generator=generator).tolist()
+               for length in PROBE_LENGTHS]
+    worst = 0.0
+    for ids, theirs in zip(prompts, engine.prompt_logprobs(prompts), strict=True):
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+        ours = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:], device=model.device)[:, None])
+        worst = max(worst, float((ours[:, 0].cpu() - torch.tensor(theirs)).abs().max()))
+    return worst
+
+
+def _is_mtp(model: PreTrainedModel, name: str) -> bool:
+    """The engine's main model has no MTP module."""
+    depth = getattr(model.config, "num_nextn_predict_layers", 0)
+    return bool(depth) and name.startswith(f"model.layers.{model.config.num_hidden_layers}.")
