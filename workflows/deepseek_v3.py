@@ -1,0 +1,84 @@
+"""DeepSeek-V3's post-training as a graph of stages (arXiv 2412.19437, section 5).
+
+    problems -> base -> per domain: expert-D-sft -> expert-D-rl -> generate-D
+      -> verify -> reject -> curate -> pack -> sft
+      -> preference -> reward-model            (when a domain is judged)
+      -> rl -> evaluate -> export
+
+Stage functions import their heavy libraries inside, so that `--dry-run` and `status` stay light.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pipeline.recipe import Recipe
+from pipeline.stage import Stage
+from workflows import alignment, data, ending, expert
+
+TRAINED = ("policy", "sft", "workflows", "pipeline.recipe")
+REINFORCED = ("policy", "rl", "rewards", "distill.prompts", "workflows", "pipeline.recipe")
+
+
+def build(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, in an order in which they can run."""
+    domains = list(recipe.domains)
+    judged = [name for name, domain in recipe.domains.items() if domain.judged]
+    shared = {"model": recipe.model, "engine": recipe.engine}
+    stages = [
+        Stage("problems", data.problems, {"domains": recipe.domains}, modules=("distill",),
+              title="Load or generate problems and split them"),
+        Stage("base", expert.base, {"model": recipe.model, "base": recipe.base}, ("problems",),
+              modules=(*TRAINED, "distill"), title="Take or train the base model"),
+    ]
+    for name in domains:
+        sft, rl, generate = f"expert-{name}-sft", f"expert-{name}-rl", f"generate-{name}"
+        stages += [
+            Stage(sft, partial(expert.expert_sft, domain=name),
+                  {"model": recipe.model, "sft": recipe.expert.sft, "plain_thinking": recipe.expert.plain_thinking},
+                  ("problems", "base"), modules=(*TRAINED, "distill"),
+                  title=f"Train the {name} expert on worked solutions"),
+            Stage(rl, partial(expert.expert_rl, domain=name), {**shared, "rl": recipe.expert.rl}, ("problems", sft),
+                  modules=REINFORCED, title=f"GRPO of the {name} expert with the reflective prompt"),
+            Stage(generate, partial(data.generate, domain=name), {**shared, "generate": recipe.generate},
+                  ("problems", rl), modules=("distill", "rl.engine", "rl.sync", "workflows"),
+                  title=f"Both sample forms from the {name} expert"),
+        ]
+    generated = tuple(f"generate-{name}" for name in domains)
+    judges = tuple(f"expert-{name}-rl" for name in judged)
+    stages += [
+        Stage("verify", data.verify, {**shared, "judged": judged}, ("problems", *generated, *judges),
+              modules=("rewards", "rl.engine", "distill", "workflows"), title="A verdict for every sample"),
+        Stage("reject", data.reject, {"reject": recipe.reject}, ("problems", "verify"),
+              modules=("distill", "rewards.extract", "workflows"), title="Keep correct, well-formed, concise samples"),
+        Stage("curate", data.curate, {"curate": recipe.curate}, ("problems", "reject"),
+              modules=("distill", "workflows"), title="Deduplicate, decontaminate, mix to quotas"),
+        Stage("pack", data.pack, {"pack_length": recipe.sft.pack_length}, ("problems", "base", "curate"),
+              modules=("distill", "sft.packing", "policy.tokenizer", "workflows"),
+              title="Tokens with loss masks, packed"),
+        Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, ("base", "pack"), modules=TRAINED,
+              title="Supervised training of the policy"),
+    ]
+    rewarded: tuple[str, ...] = ()
+    if judged:
+        rewarded = ("reward-model",)
+        stages += [
+            Stage("preference", alignment.preference, {**shared, "preference": recipe.preference},
+                  ("problems", "sft"), modules=("distill", "rewards", "rl.engine", "workflows"),
+                  title="Pairs judged in both orders by the SFT model"),
+            Stage("reward-model", alignment.reward_model, {**shared, "reward_model": recipe.reward_model},
+                  ("problems", "preference", "sft"), modules=(*TRAINED, "rewards", "distill"),
+                  title="Train and calibrate the generative reward model"),
+        ]
+    experts = tuple(f"expert-{name}-rl" for name in domains)
+    return [
+        *stages,
+        Stage("rl", alignment.rl, {**shared, "rl": recipe.rl, "reward_model": recipe.reward_model},
+              ("problems", "sft", *rewarded), modules=REINFORCED, title="GRPO on all domains"),
+        Stage("evaluate", ending.evaluate, {**shared, "evaluation": recipe.evaluation, "domains": domains},
+              ("problems", "base", *experts, "sft", *rewarded, "rl"),
+              modules=("evaluation", "rewards", "rl.engine", "distill", "workflows"),
+              title="Held-out accuracy of every model"),
+        Stage("export", ending.export, {"name": recipe.name}, ("rl", "evaluate"), modules=("workflows",),
+              title="The final checkpoint and its card"),
+    ]

@@ -1,0 +1,108 @@
+"""The last stages: evaluate every model on held-out problems, export the final one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+from pipeline.records import Sample, write_table
+from pipeline.stage import StageContext, StageResult
+from workflows.data import load_problems
+from workflows.inference import open_model, open_verifier
+
+
+def evaluate(context: StageContext) -> StageResult:
+    """`evaluation.json`: {"models": {name: {domain: row}}} for base, each expert in its domain, SFT and RL."""
+    from evaluation.benchmark import ALL, accuracy, pooled, win_rate
+
+    config, domains = context.config["evaluation"], context.config["domains"]
+    problems = {name: load_problems(context, "heldout", name) for name in domains}
+    judged = {name for name, rows in problems.items() if rows and rows[0].check.kind == "principles"}
+    problems = {name: rows[:config.judged_problems if name in judged else config.problems]
+                for name, rows in problems.items() if rows}
+    models = {"base": ("base", list(problems)),
+              **{f"expert-{name}": (f"expert-{name}-rl", [name]) for name in problems},
+              "sft": ("sft", list(problems)), "rl": ("rl", list(problems))}
+    answers: dict[str, dict[str, list[Sample]]] = {}
+    result: dict[str, dict[str, dict]] = {}
+    kept: list[Sample] = []
+    with open_verifier(None, [p for name, rows in problems.items() if name not in judged for p in rows]) as verifier:
+        for label, (stage, own) in models.items():
+            model = open_model(context.inputs[stage] / "checkpoint", context.config["model"],
+                               context.config["engine"], context.seed)
+            answers[label], result[label] = {}, {}
+            for name in own:
+                greedy = _answers(context, model, problems[name], 1, 0.0, label)
+                if name in judged:
+                    answers[label][name] = greedy
+                    kept += greedy
+                    continue
+                sampled = _answers(context, model, problems[name][:config.k_problems], config.k, config.temperature,
+                                   label)
+                greedy, sampled = (_verified(verifier, rows, problems[name]) for rows in (greedy, sampled))
+                result[label][name] = accuracy(greedy, sampled, config.k)
+                answers[label][name] = greedy
+                kept += greedy + sampled
+                context.progress.note(f"{label} on {name}: {_percent(result[label][name]['accuracy'])}")
+    if judged:
+        model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
+                           context.config["engine"], context.seed)
+        judge = model.judge(votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
+        for label, (_, own) in models.items():
+            for name in judged & set(own):
+                rows, base = answers[label][name], answers["base"][name]
+                result[label][name] = win_rate(judge, problems[name], [s.completion for s in rows],
+                                               [s.completion for s in base])
+    for label in ("base", "sft", "rl"):
+        result[label][ALL] = pooled({name: found for name, found in result[label].items() if name not in judged})
+    (context.out / "evaluation.json").write_text(json.dumps({"models": result}, indent=2))
+    write_table(context.out / "samples.parquet", kept, Sample)
+    metrics = {f"{label}/{name}": found["accuracy"] for label, rows in result.items() for name, found in rows.items()}
+    metrics |= {f"{label}/{name}/measured": share for label, rows in answers.items() for name in judged & set(rows)
+                if (share := _measured(problems[name], rows[name])) is not None}
+    return StageResult(counts={"problems": {name: len(rows) for name, rows in problems.items()}, "samples": len(kept)},
+                       metrics=metrics, key_metric=f"rl/{ALL}")
+
+
+def _answers(context: StageContext, model, problems, samples: int, temperature: float, label: str) -> list[Sample]:
+    from distill.generation import Order, generate
+
+    config = context.config["evaluation"]
+    rows = generate([Order(problem, "original", problem.messages, samples) for problem in problems],
+                    sampler=model.sampler(temperature, config.max_tokens), encode=model.encode, decode=model.decode,
+                    sampling={"temperature": temperature, "max_tokens": config.max_tokens}, checkpoint=model.digest,
+                    log_path=context.work / "requests.jsonl", shard_prompts=512, seed=context.seed,
+                    progress=context.progress)
+    provenance = json.dumps({"model": label, "mode": "greedy" if temperature == 0 else "sampled"})
+    return [dataclasses.replace(row, provenance=provenance) for row in rows]
+
+
+def _verified(verifier, samples: list[Sample], problems) -> list[Sample]:
+    by_id = {problem.id: problem for problem in problems}
+    verdicts = verifier.verify_batch([by_id[s.problem_id] for s in samples], [s.completion for s in samples])
+    return [dataclasses.replace(s, verdict=verdict) for s, verdict in zip(samples, verdicts, strict=True)]
+
+
+def _measured(problems, samples: list[Sample]) -> float | None:
+    """Mean share of principles met, where a program can measure them: a check on the judge, never a reward."""
+    from distill.corpus import measurable
+    from distill.problems import writing
+    from rewards.extract import split_thinking
+
+    shares = [writing.score(problem, split_thinking(sample.completion).answer) / 10
+              for problem, sample in zip(problems, samples, strict=True) if measurable(problem)]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _percent(share: float | None) -> str:
+    return "no verdict" if share is None else f"{share:.1%}"
+
+
+def export(context: StageContext) -> StageResult:
+    """Copy the final checkpoint beside its evaluation."""
+    shutil.copytree(context.inputs["rl"] / "checkpoint", context.out / "checkpoint")
+    shutil.copy2(context.inputs["evaluate"] / "evaluation.json", context.out / "evaluation.json")
+    evaluation = json.loads((context.out / "evaluation.json").read_text())["models"]["rl"]
+    size = sum(file.stat().st_size for file in (context.out / "checkpoint").iterdir())
+    return StageResult(counts={"bytes": size}, metrics={"rl/all": evaluation["all"]["accuracy"]}, key_metric="rl/all")

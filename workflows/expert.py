@@ -1,0 +1,154 @@
+"""Stages that make the experts: the base model, then SFT and GRPO per domain (section 5.1)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from pipeline.records import Problem
+from pipeline.stage import StageContext, StageError, StageResult
+from workflows.data import load_problems, write_packs
+from workflows.inference import open_model, open_verifier, scorer
+
+DRILL_TOKENS = 60  # about the length of one, to make enough of them
+
+
+def base(context: StageContext) -> StageResult:
+    """Take any Hugging Face causal LM, or train the tiny one from nothing on a generated corpus."""
+    source = context.config["model"].source
+    if source.type == "pretrained":
+        return _take(context, source.path or source.id)
+    return _train_tiny(context)
+
+
+def _take(context: StageContext, origin: str) -> StageResult:
+    from policy.model import load_policy, save_policy
+    from policy.tokenizer import load_tokenizer
+
+    try:
+        if Path(origin).is_absolute() and not Path(origin).is_dir():
+            raise FileNotFoundError(f"{origin}: no such folder")
+        tokenizer = load_tokenizer(origin)
+        model = load_policy(origin, context.config["model"].dtype)
+    except (OSError, ValueError) as error:
+        raise StageError(f"model.source: cannot load {origin}: {error}\nGive a Hugging Face id this machine can reach, "
+                         "or a folder with config.json, *.safetensors and a tokenizer (model.source.path)") from error
+    checkpoint = save_policy(model, tokenizer, context.out / "checkpoint")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return StageResult(counts={"parameters": parameters},
+                       metrics={"digest": checkpoint.digest, "parameters": parameters}, key_metric="parameters")
+
+
+def _train_tiny(context: StageContext) -> StageResult:
+    from distill.corpus import corpus_documents
+    from policy.model import new_policy, save_policy
+    from policy.presets import tiny_config
+    from policy.tokenizer import load_tokenizer, train_tokenizer
+    from sft.trainer import train_sft
+
+    model_config, train = context.config["model"], context.config["base"]
+    shape = model_config.source
+    documents = corpus_documents(load_problems(context), context.seed)
+    if not documents:
+        raise StageError("base: the corpus is empty; give domains rows in the corpus split "
+                         "(domains.NAME.splits.corpus)")
+    start = context.work / "untrained"
+    if not (start / "tensors.json").exists():
+        texts = [document.get("text") or "\n".join(m["content"] for m in document["messages"])
+                 for document in documents]
+        tokenizer = train_tokenizer(texts, shape.vocab_size, model_config.max_length)
+        config = tiny_config(hidden_size=shape.hidden_size, layers=shape.layers, routed_experts=shape.routed_experts,
+                             vocab_size=shape.vocab_size, max_length=model_config.max_length, token_ids={
+                                 f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in
+                                 ("bos", "eos", "pad")})
+        save_policy(new_policy(config, context.seed), tokenizer, start)
+    start = _drill(context, start)
+    packed = write_packs(context, load_tokenizer(start), _rows(documents), train.pack_length,
+                         context.work / "packs.parquet")
+    metrics = train_sft(train, start=start, packs=context.work / "packs.parquet", out=context.out, work=context.work,
+                        seed=context.seed, dtype=model_config.dtype, progress=context.progress)
+    return StageResult(counts={"documents": len(documents), **packed.counts}, metrics=metrics, key_metric="loss")
+
+
+def _drill(context: StageContext, start: Path) -> Path:
+    """The first steps go to copying random rows and to small sums. Attention that copies from the prompt then forms
+    within a minute; from the mixed corpus alone it had not formed after three."""
+    from distill.corpus import elementary_drill
+    from policy.tokenizer import load_tokenizer
+    from sft.trainer import train_sft
+
+    steps, folder = context.config["model"].source.drill_steps, context.work / "drills"
+    if not steps or (folder / "checkpoint" / "tensors.json").exists():
+        return folder / "checkpoint" if steps else start
+    train = context.config["base"].model_copy(update={"max_steps": steps})
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"{context.seed}/drills")
+    rows = _rows([elementary_drill(rng) for _ in range(steps * train.batch_tokens // DRILL_TOKENS)])
+    write_packs(context, load_tokenizer(start), rows, train.pack_length, folder / "packs.parquet")
+    train_sft(train, start=start, packs=folder / "packs.parquet", out=folder, work=folder / "work", seed=context.seed,
+              dtype=context.config["model"].dtype, progress=context.progress)
+    return folder / "checkpoint"
+
+
+def _rows(documents: list[dict]) -> list[tuple[str, list, str]]:
+    return [(str(index), document["messages"][:-1], document["messages"][-1]["content"]) if "messages" in document
+            else (str(index), [], document["text"]) for index, document in enumerate(documents)]
+
+
+def expert_sft(context: StageContext, domain: str) -> StageResult:
+    """SFT on worked solutions in both forms; a judged domain's expert learns to judge as well."""
+    from distill.judging import judge_demonstrations
+    from distill.prompts import FORMS, prompt_messages, worked_completion
+    from policy.tokenizer import load_tokenizer
+    from sft.trainer import train_sft
+
+    start = context.inputs["base"] / "checkpoint"
+    problems = load_problems(context, "sft", domain)
+    rng = random.Random(f"{context.seed}/{context.name}")
+    rows = []
+    for problem in problems:
+        thinks = rng.random() < context.config["plain_thinking"]
+        for form in FORMS:
+            completion = worked_completion(problem, "reasoning" if thinks else form) or worked_completion(problem, form)
+            if completion is not None:
+                rows.append((f"{problem.id}-{form}", list(prompt_messages(problem, form)), completion))
+    if not rows:
+        raise StageError(f"expert-{domain}-sft: none of the {len(problems)} sft problems has a worked solution; "
+                         "give the source rows with one")
+    rows += judge_demonstrations(problems, context.seed)
+    train = context.config["sft"]
+    packed = write_packs(context, load_tokenizer(start), rows, train.pack_length, context.work / "packs.parquet")
+    metrics = train_sft(train, start=start, packs=context.work / "packs.parquet", out=context.out, work=context.work,
+                        seed=context.seed, dtype=context.config["model"].dtype, progress=context.progress)
+    return StageResult(counts={"worked_solutions": len(rows), **packed.counts}, metrics=metrics, key_metric="loss")
+
+
+def expert_rl(context: StageContext, domain: str) -> StageResult:
+    """GRPO on one domain; a judged domain is rewarded by the expert's own votes (self-rewarding, section 5.4.2)."""
+    return run_grpo(context, context.inputs[f"expert-{domain}-sft"] / "checkpoint",
+                    load_problems(context, "rl", domain), judge=None)
+
+
+def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge) -> StageResult:
+    """One GRPO training of the checkpoint in `start`; without a `judge`, principles are judged by the policy."""
+    from distill.prompts import prompt_messages
+    from rl.grpo import train_grpo
+    from rl.trainer import Prompt
+
+    config, model = context.config["rl"], context.config["model"]
+    if not problems:
+        raise StageError(f"{context.name}: no problems to train on; give the domains rows in the rl split")
+    opened = open_model(start, model, context.config["engine"], context.seed)
+    rng = random.Random(f"{context.seed}/{context.name}")
+    prompts = []
+    for problem in problems:
+        form = "reasoning" if rng.random() < config.reasoning_share else "original"
+        prompts.append(Prompt(problem, form, prompt_messages(problem, form)))
+    judge = judge or opened.judge(votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
+    with open_verifier(judge, problems) as verifier:
+        metrics, states = train_grpo(
+            config, start=start, prompts=prompts, engine=opened.engine, scorer=scorer(verifier, config.rewards),
+            out=context.out, work=context.work, seed=context.seed, dtype=model.dtype,
+            max_logprob_error=context.config["engine"].max_logprob_error, progress=context.progress)
+    return StageResult(counts={"prompts": sum(states.values()), "groups": states}, metrics=metrics,
+                       key_metric="rollout_accuracy_last")

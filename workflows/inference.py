@@ -1,0 +1,97 @@
+"""Engines and verifiers as stages use them: opened, proved, and reporting what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.recipe import EngineConfig, ModelConfig, RewardWeights
+from pipeline.records import Problem
+
+if TYPE_CHECKING:
+    from rewards.judge import Judge
+    from rewards.registry import Verifier
+    from rl.engine import RolloutEngine
+    from rl.trainer import Scorer
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint in an engine, with its tokenizer."""
+
+    engine: RolloutEngine
+    tokenizer: Any
+    digest: str
+    logprob_error: float | None  # of the proof at loading; None when probing is off
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        from policy.tokenizer import prompt_ids
+
+        return prompt_ids(self.tokenizer, messages)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def sampler(self, temperature: float, max_tokens: int, top_p: float = 1.0) -> Callable[..., Any]:
+        """The form `distill.generation.generate` asks for."""
+        from rl.engine import Request, Sampling
+
+        sampling = Sampling(temperature, max_tokens, top_p)
+
+        def sample(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[tuple[Sequence[int], str]]:
+            requests = [Request(tuple(ids), seed) for ids, seed in zip(prompts, seeds, strict=True)]
+            return [(found.token_ids, found.finish_reason) for found in self.engine.generate(requests, sampling)]
+
+        return sample
+
+    def judge(self, votes: int, max_tokens: int, seed: int, temperature: float) -> Judge:
+        from rewards.judge import Judge
+        from rl.engine import Sampling, chat_generator
+
+        generate = chat_generator(self.engine, self.encode, self.decode, Sampling(temperature, max_tokens))
+        return Judge(generate, votes=votes, seed=seed)
+
+
+def open_model(checkpoint: Path, model: ModelConfig, engine_config: EngineConfig, seed: int,
+               role: str = "policy") -> OpenModel:
+    """Load a checkpoint folder into the engine of `role` and prove that it runs those weights."""
+    from policy.model import read_checkpoint
+    from policy.tokenizer import load_tokenizer
+    from rl.engine import open_engine
+    from rl.sync import prove_checkpoint
+
+    engine = open_engine(checkpoint, engine_config, dtype=model.dtype, max_length=model.max_length, seed=seed,
+                         role=role)
+    error = None
+    if engine_config.probe_checkpoints:
+        error = prove_checkpoint(checkpoint, model.dtype, engine, engine_config.max_logprob_error).max_logprob_error
+    return OpenModel(engine, load_tokenizer(checkpoint), read_checkpoint(checkpoint).digest, error)
+
+
+@contextmanager
+def open_verifier(judge: Judge | None, problems: Sequence[Problem]) -> Iterator[Verifier]:
+    """A verifier whose canaries for the kinds of check among `problems` have passed."""
+    from rewards.registry import Verifier
+
+    with Verifier(judge=judge) as verifier:
+        verifier.run_canaries(sorted({problem.check.kind for problem in problems} - {"principles"}))
+        yield verifier
+
+
+def scorer(verifier: Verifier, weights: RewardWeights) -> Scorer:
+    """Verdict and weighted reward per rollout."""
+    from rewards.compose import compose
+    from rl.trainer import Score
+
+    def score(prompts, texts, _step):
+        verdicts = verifier.verify_batch([prompt.problem for prompt in prompts], list(texts))
+        scores = []
+        for prompt, text, verdict in zip(prompts, texts, verdicts, strict=True):
+            parts, reward = compose(verdict, text, prompt.form, weights)
+            scores.append(Score(verdict, reward, parts))
+        return scores
+
+    return score
