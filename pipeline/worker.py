@@ -7,7 +7,9 @@ stage of the tiny recipe. `StageWorker` is a plain class: the runner makes a Ray
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import gc
 import os
 import shutil
 import sys
@@ -60,6 +62,14 @@ class StageWorker:
                         out=folder / "out.tmp", work=folder / "work", seed=order.seed, progress=progress))
                 finally:
                     progress.close()
+                    _release_memory()
+
+
+def _release_memory() -> None:
+    """Give back what a stage held: a trainer is a web of cycles, and the next stage's engine needs its gigabytes."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has malloc_trim
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager
