@@ -58,7 +58,7 @@ def _prove(model: PreTrainedModel, engine: RolloutEngine, tensors: dict[str, tor
         raise StageError(
             f"weight sync: log-probs of the fixed prompts differ by {error:.2e} between engine and trainer "
             f"(engine.max_logprob_error is {bound:g}). Weights or kernels of the two do not agree; for a "
-            "bfloat16 model a bound near 0.2 is usual, for float32 1e-4")
+            "bfloat16 model a bound near 0.1 is usual, for float32 1e-4")
     return SyncProof(len(tensors), len(held), error)
 
 

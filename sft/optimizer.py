@@ -1,8 +1,8 @@
 """Muon for weight matrices, AdamW for the rest, as one optimizer.
 
-Muon orthogonalises each matrix's momentum (Jordan et al. 2024). On the tiny model it reaches AdamW's loss in
-about a third of the steps, which is what lets a base model be trained from nothing in two minutes. DeepSeek-V3
-itself uses AdamW for everything (section 4.2), and so do recipes that leave `muon_learning_rate` out.
+Muon orthogonalises each matrix's momentum (Jordan et al. 2024) and needs fewer steps than AdamW, which is what lets
+a tiny base model be trained from nothing in minutes. DeepSeek-V3 itself uses AdamW for everything (section 4.2), and so
+do recipes that leave `muon_learning_rate` out.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def _train_tiny(context: StageContext) -> StageResult:
 
 
 def _drill(context: StageContext, start: Path) -> Path:
-    """The first steps go to copying random rows and to small sums. Attention that copies from the prompt then forms
-    within a minute; from the mixed corpus alone it had not formed after three."""
+    """The first steps go to copying random rows and to small sums. Attention that copies from the prompt forms
+    much sooner from these than from the mixed corpus."""
     from distill.corpus import elementary_drill
     from policy.tokenizer import load_tokenizer
     from sft.trainer import train_sft
