@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe, RecipeError, load_recipe
 from pipeline.stage import Stage
 from pipeline.workflow_lookup import existing_run, find_recipe, load_stages, open_run
 
+PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe
 STATE_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "stale": "magenta", "waiting": "dim"}
 
 app = typer.Typer(
@@ -160,15 +161,17 @@ def _plan_table(planned: list[PlannedStage]) -> Table:
 
 def _status_table(directory: RunDirectory, planned: list[PlannedStage], ran: dict[str, float] | None = None) -> Table:
     """`ran`, after a run, marks the stages that were done before it."""
-    table = Table("stage", "state", "time", "counts", "key metric", "", box=None, header_style="bold", pad_edge=False)
-    table.columns[2].justify = "right"
+    table = Table("stage", "state", "fingerprint", "time", "counts", "key metric", "", box=None, header_style="bold",
+                  pad_edge=False)
+    table.columns[3].justify = "right"
     for item in planned:
         record = _status_record(directory, item)
-        note = record["progress"] or record["reason"]
+        note = record["progress"] or _brief(record["reason"])
         if ran is not None and item.state == DONE and item.stage.name not in ran:
             note = "done before"
-        table.add_row(item.stage.name, _styled(item.state), duration(record["seconds"]) if record["seconds"] else "",
-                      counts_line(record["counts"]), _key_metric(record), note)
+        table.add_row(item.stage.name, _styled(item.state), record["fingerprint"][:8],
+                      duration(record["seconds"]) if record["seconds"] else "", counts_line(record["counts"]),
+                      _key_metric(record), note)
     return table
 
 
@@ -191,13 +194,19 @@ def _key_metric(record: dict[str, Any]) -> str:
     return "" if value is None else f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}"
 
 
+def _brief(reason: str) -> str:
+    """The first of several reasons; `posttrain why` gives them all."""
+    first, *others = reason.split("; ")
+    return f"{first}; {len(others)} more" if others else first
+
+
 def _styled(state: str) -> str:
     return f"[{STATE_STYLES[state]}]{state}[/]"
 
 
 def _console() -> Console:
     """Made when needed: the tests and the shell may have redirected stdout since the import."""
-    return Console()
+    return Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
 
 
 def _complain(text: str, style: str = "red") -> None:
