@@ -20,6 +20,8 @@ from pipeline.stage import Stage
 # Raised when the layout of artifacts changes, so that no stage reads files written another way.
 ARTIFACT_FORMAT = 1
 
+HASHED_BYTES = 64 << 20  # of one file read outside the run
+
 # Files of a package that can change what a stage computes; caches and editors' leftovers cannot.
 SOURCE_SUFFIXES = frozenset({".py", ".json", ".jinja", ".txt", ".yaml", ".c", ".h", ".cu"})
 
@@ -49,6 +51,7 @@ def stage_parts(stage: Stage, seed: int, input_fingerprints: Mapping[str, str]) 
         "stage": stage.name,
         "sources": {module: source_hashes(module, stage.name) for module in sorted(stage.modules)},
         "config": canonical(stage.config),
+        "files": {path: file_digest(Path(path).expanduser()) for path in sorted(stage.files)},
         "seed": seed,
         "inputs": {name: input_fingerprints[name] for name in sorted(stage.inputs)},
     }
@@ -69,6 +72,21 @@ def source_hashes(module: str, stage: str = "") -> dict[str, str]:
     if not files:
         raise GraphError(f"stage {stage}: module {module} is part of its fingerprint, but no source of it was found")
     return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of a file's content or a folder's files; "missing" when it is not there.
+
+    Files above HASHED_BYTES count by size and time of change: `status` must not read a model's weights.
+    """
+    if not path.exists():
+        return "missing"
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        stat = file.stat()
+        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0".encode())
+        digest.update(str(stat.st_mtime_ns).encode() if stat.st_size > HASHED_BYTES else file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _source_files(module: str) -> tuple[Path, tuple[Path, ...]]:
@@ -96,6 +114,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     lines += [f"config {line}" for line in _value_changes("", old.get("config"), new["config"])]
     if old.get("seed") != new["seed"]:
         lines.append(f"seed: {old.get('seed')} -> {new['seed']}")
+    lines += [f"file {path}: {old.get('files', {}).get(path, 'not read before')} -> {digest}"
+              for path, digest in new["files"].items() if old.get("files", {}).get(path) != digest]
     lines += _source_changes(old.get("sources", {}), new["sources"])
     old_inputs = old.get("inputs", {})
     for name in sorted(set(old_inputs) | set(new["inputs"])):

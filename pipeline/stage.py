@@ -70,4 +70,5 @@ class Stage:
     config: Any
     inputs: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()  # packages and modules whose source is part of the fingerprint
+    files: tuple[str, ...] = ()  # files and folders outside the run that the stage reads; their content is too
     title: str = ""  # one line for --dry-run and the report

@@ -11,6 +11,7 @@ Stage functions import their heavy libraries inside, so that `--dry-run` and `st
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from pipeline.recipe import Recipe
 from pipeline.stage import Stage
@@ -27,9 +28,11 @@ def build(recipe: Recipe) -> list[Stage]:
     shared = {"model": recipe.model, "engine": recipe.engine}
     stages = [
         Stage("problems", data.problems, {"domains": recipe.domains}, modules=("distill",),
+              files=_local_paths(*(domain.source for domain in recipe.domains.values())),
               title="Load or generate problems and split them"),
         Stage("base", expert.base, {"model": recipe.model, "base": recipe.base}, ("problems",),
-              modules=(*TRAINED, "distill"), title="Take or train the base model"),
+              modules=(*TRAINED, "distill"), files=_local_paths(recipe.model.source),
+              title="Take or train the base model"),
     ]
     for name in domains:
         sft, rl, generate = f"expert-{name}-sft", f"expert-{name}-rl", f"generate-{name}"
@@ -82,3 +85,10 @@ def build(recipe: Recipe) -> list[Stage]:
         Stage("export", ending.export, {"name": recipe.name}, ("rl", "evaluate"), modules=("workflows",),
               title="The final checkpoint and its card"),
     ]
+
+
+def _local_paths(*sources) -> tuple[str, ...]:
+    """Files and folders of a person's own that sections of a recipe name."""
+    named = [getattr(source, key, None) for source in sources for key in ("path", "heldout_path")]
+    ids = [source.id for source in sources if Path(getattr(source, "id", "")).is_absolute()]
+    return tuple(path for path in named + ids if path)

@@ -57,6 +57,27 @@ def test_a_changed_section_makes_only_its_stage_and_those_after_it_stale(tmp_pat
     assert states(stages, directory) == {"first": DONE, "second": DONE, "third": DONE}, "going back runs nothing"
 
 
+def test_an_edited_file_outside_the_run_makes_its_stage_stale_and_why_names_it(tmp_path, stages):
+    directory, rows, folder = RunDirectory(tmp_path / "run"), tmp_path / "rows.jsonl", tmp_path / "model"
+    rows.write_text("1\n")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    stages[0] = replace(stages[0], files=(str(rows), str(folder)))
+    commit_all(stages, 0, directory)
+    assert set(states(stages, directory).values()) == {DONE}
+    rows.write_text("2\n")
+    assert states(stages, directory)["first"] == STALE
+    [line] = [line for line in why(stages, 0, directory, "first") if "file " in line]
+    assert f"file {rows}: " in line and str(folder) not in line
+    rows.write_text("1\n")
+    assert states(stages, directory)["first"] == DONE
+    (folder / "config.json").rename(folder / "other.json")
+    assert states(stages, directory)["first"] == STALE
+    rows.unlink()
+    lines = why(stages, 0, directory, "first")
+    assert any(line.strip().startswith(f"file {rows}: ") and line.endswith("-> missing") for line in lines)
+
+
 def test_why_names_the_dotted_key_with_both_values_and_follows_inputs(tmp_path, stages):
     directory = RunDirectory(tmp_path)
     commit_all(stages, 0, directory)
