@@ -13,7 +13,6 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 would put the training below everything else on the machine
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs must not hide them from its children
-    "OMP_WAIT_POLICY": "passive",  # trainer and engine share the cores: a spinning thread starves the other
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -38,7 +37,7 @@ def ray_session(recipe_name: str, run_dir: Path, say: Callable[[str], None]) -> 
         **options, namespace="posttrain", job_config=job, log_to_driver=False, logging_level=logging.ERROR,
         configure_logging=True,
         # Ray would give an actor one thread per CPU it reserves; the stage worker reserves none
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}})
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}})
     try:
         if context.dashboard_url:
             say(f"Ray dashboard: http://{context.dashboard_url}{_login_hint()}")

@@ -58,7 +58,7 @@ class EngineActor:
     def __init__(self, folder: str, config: dict[str, Any], dtype: str, max_length: int, seed: int):
         settings = EngineConfig.model_validate(config)
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
-                          VLLM_NO_USAGE_STATS="1", OMP_WAIT_POLICY="passive",
+                          VLLM_NO_USAGE_STATS="1",
                           # a collective_rpc of a function is pickled; both sides are this process
                           VLLM_ALLOW_INSECURE_SERIALIZATION="1")
         options: dict[str, Any] = {}
@@ -141,6 +141,11 @@ class EngineActor:
         self.llm.reset_prefix_cache()
         self.version = version
 
+    def resident_bytes(self) -> int:
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
     def read_back(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
         """Checksums of the engine's own tensors, for those it holds under the same name and shape."""
         from policy.model import checksum
@@ -221,6 +226,23 @@ def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: i
 
 
 _OPEN: dict[str, ActorHandle] = {}
+LARGE_ENGINE = 0.15  # share of the machine's memory
+
+
+def make_room() -> None:
+    """End this process's engines that hold much of the machine's memory, before a training that rolls nothing out.
+
+    A small engine stays: starting it again costs more than the memory it holds.
+    """
+    import psutil
+
+    for name, actor in list(_OPEN.items()):
+        try:
+            large = ray.get(actor.resident_bytes.remote()) > LARGE_ENGINE * psutil.virtual_memory().total
+        except ray.exceptions.RayActorError:
+            large = True  # it died by itself
+        if large:
+            ray.kill(_OPEN.pop(name))
 
 
 def _stop_others(prefix: str) -> None:

@@ -15,8 +15,10 @@ JUDGEMENT_TOKENS = 256
 
 def sft(context: StageContext) -> StageResult:
     """2 epochs over the packed set, cosine schedule (section 5.1)."""
+    from rl.engine import make_room
     from sft.trainer import train_sft
 
+    make_room()
     metrics = train_sft(context.config["sft"], start=context.inputs["base"] / "checkpoint",
                         packs=context.inputs["pack"] / "packs.parquet", out=context.out, work=context.work,
                         seed=context.seed, dtype=context.config["model"].dtype, progress=context.progress)
@@ -76,8 +78,10 @@ def reward_model(context: StageContext) -> StageResult:
     from distill.preference import labelled, training_rows
     from evaluation.calibration import calibrate
     from policy.tokenizer import load_tokenizer
+    from rl.engine import make_room
     from sft.trainer import train_sft
 
+    make_room()
     config = context.config["reward_model"]
     start = context.inputs["sft"] / "checkpoint"
     problems = {problem.id: problem for problem in load_problems(context, "preference")}
