@@ -79,8 +79,8 @@ class TinyModel(Section):
     hidden_size: PositiveInt = 128
     layers: Annotated[int, Field(ge=4)] = 4
     routed_experts: Annotated[int, Field(ge=4)] = 16
-    vocab_size: Annotated[int, Field(ge=300)] = 512
-    drill_steps: Annotated[int, Field(ge=0)] = Field(200, description="optimizer steps on drills before the corpus")
+    vocab_size: Annotated[int, Field(ge=300)] = 1024
+    drill_steps: Annotated[int, Field(ge=0)] = Field(200, description="optimizer steps on rows to repeat, first of all")
 
 
 class PretrainedModel(Section):
@@ -192,6 +192,8 @@ class GenerateConfig(Section):
 class RejectConfig(Section):
     keep: PositiveInt = Field(1, description="samples kept per problem and form: the shortest of the correct ones")
     max_tokens: PositiveInt = 8192
+    thinking_share: Fraction01 = Field(0.3, description="largest share of thinking samples among the kept ones of the "
+                                       "original form")
     min_judge_score: Fraction01 = Field(0.7, description="floor for samples without a rule to check them")
 
 
