@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from random import Random
 
-from distill.problems import writing
+from distill.problems import logic, math, writing
 from distill.problems.drawing import NAMES
 from distill.prompts import prompt_messages, worked_completion
 from pipeline.records import Message, Problem
@@ -19,13 +19,14 @@ Document = dict[str, object]  # {"messages": [...]} or {"text": ...}
 
 # Shares of the documents made from one problem, by how it is checked.
 MIX = {
-    "rule": {"text": 0.30, "chat_answer": 0.40, "chat_reasoning": 0.30},
+    "rule": {"text": 0.10, "chat_answer": 0.30, "chat_reasoning": 0.60},
     "principles": {"text": 0.10, "chat_answer": 0.20, "chat_reasoning": 0.15, "pointwise": 0.25, "pairwise": 0.30},
 }
-DRILLS_PER_PROBLEM = 0.15
-COPY_SHARE = 0.3  # of the drills
-FACTS_PER_DRILL = 8
-COPIED = (*NAMES, *writing.NOUNS, "+", "-", "*", "x", "true", "false", "(", ")")
+DRILLS_PER_PROBLEM = 0.5
+COPY_SHARE = 0.4  # of the drills
+SUMS_PER_DRILL = 12
+COPY_LENGTHS = (6, 16)
+COPIED = (*NAMES, *writing.NOUNS, *logic.COLORS, *map(str, range(math.LARGEST + 1)))
 DRAFT_QUALITIES = (0.0, 0.34, 0.67, 1.0)
 
 
@@ -46,7 +47,7 @@ def corpus_documents(problems: Iterable[Problem], seed: int) -> list[Document]:
                 documents.append(document)
                 break
     rng = Random(f"{seed}:drills")
-    documents += [copy_drill(rng) if rng.random() < COPY_SHARE else {"text": drill(rng)}
+    documents += [copy_drill(rng) if rng.random() < COPY_SHARE else sum_drill(rng)
                   for _ in range(round(len(problems) * DRILLS_PER_PROBLEM))]
     rng.shuffle(documents)
     return documents
@@ -113,40 +114,13 @@ def pairwise_judgement(problem: Problem, first: str, second: str) -> str:
 
 def copy_drill(rng: Random) -> Document:
     """Repeat a random row of numbers and words."""
-    row = " ".join(str(rng.randint(0, 199)) if rng.random() < 0.6 else rng.choice(COPIED)
-                   for _ in range(rng.randint(6, 16)))
+    row = " ".join(rng.sample(COPIED, rng.randint(*COPY_LENGTHS)))
     return _chat([{"role": "user", "content": f"Repeat: {row}"}], row)
 
 
-def elementary_drill(rng: Random) -> Document:
-    """What the first steps of a model trained from nothing go to: copying from the prompt, and facts."""
-    return copy_drill(rng) if rng.random() < 0.5 else fact_drill(rng)
-
-
-def fact_drill(rng: Random) -> Document:
-    """A row of small sums and truth facts to work out, in the notation of the worked chains."""
-    facts = [_fact(rng) for _ in range(FACTS_PER_DRILL)]
-    return _chat([{"role": "user", "content": "Work out: " + ", ".join(fact.split(" = ")[0] for fact in facts)}],
-                 "\n".join(facts))
-
-
-def drill(rng: Random) -> str:
-    """Arithmetic and truth facts in the notation of the worked chains, one a line."""
-    return "\n".join(_fact(rng) for _ in range(FACTS_PER_DRILL))
-
-
-def _fact(rng: Random) -> str:
-    kind = rng.choice(("add", "add", "subtract", "subtract", "truth"))
-    if kind == "add":
-        a, b = rng.randint(1, 39), rng.randint(1, 9)
-        return f"{a} + {b} = {a + b}"
-    if kind == "subtract":
-        a = rng.randint(9, 48)
-        b = rng.randint(1, 9)
-        return f"{a} - {b} = {a - b}"
-    a, b, word = rng.random() < 0.5, rng.random() < 0.5, rng.choice(("and", "or"))
-    result = (a and b) if word == "and" else (a or b)
-    return f"{a} {word} {b} = {result}".lower()
+def sum_drill(rng: Random) -> Document:
+    """A running total in the notation of the worked chains, as plain text."""
+    return {"text": math.tally(rng, rng.randint(0, math.LARGEST), "?" * SUMS_PER_DRILL)[1]}
 
 
 KINDS: dict[str, Callable[[Problem, Random], Document | None]] = {

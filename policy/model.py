@@ -76,9 +76,14 @@ class DeepseekV3WithMTP(DeepseekV3ForCausalLM):
 
 
 def new_policy(config: DeepseekV3Config, seed: int) -> PreTrainedModel:
-    """A freshly initialised FP32 policy."""
+    """A freshly initialised FP32 policy.
+
+    The head starts as a copy of the embedding, so that attention which finds a token can also name it.
+    """
     torch.manual_seed(seed)
-    return DeepseekV3WithMTP(config)
+    model = DeepseekV3WithMTP(config)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    return model
 
 
 def load_policy(folder: Path | str, dtype: str = "float32") -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import DeepseekV3Config
 ROUTER_KEYS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
-def tiny_config(*, hidden_size: int = 128, layers: int = 4, routed_experts: int = 16, vocab_size: int = 512,
+def tiny_config(*, hidden_size: int = 128, layers: int = 4, routed_experts: int = 16, vocab_size: int = 1024,
                 max_length: int = 512, token_ids: dict[str, int] | None = None) -> DeepseekV3Config:
     """A DeepseekV3Config of 2.2M parameters at the defaults.
 

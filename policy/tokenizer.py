@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: byte-level BPE, digits alone, and a chat template that marks thinking and answer."""
+"""The tiny model's tokenizer: byte-level BPE, numbers apart, and a chat template that marks thinking and answer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
+# what BPE never merges across: numbers, words, punctuation, other white space
+PIECES = r"\d{1,2}| ?\p{L}+ ?| ?[^\p{L}\d\s]+ ?|\s"
+
 # `{% generation %}` marks what the model itself writes, so that masks can be read off the template.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -21,15 +24,17 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train on `texts`; any text is encodable (256 byte tokens), each digit is a token of its own.
+    """Train on `texts`; any text is encodable (256 byte tokens).
 
+    Numbers are cut into pieces of at most two digits (DeepSeek-V3's own tokenizer cuts at three), so that a sum of
+    small numbers is a lookup and not a carry. Spaces go to the words beside them, so that a number is one token
+    wherever it stands.
     `<think>` and `</think>` are ordinary added tokens: they survive `skip_special_tokens=True`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.Split(Regex(r"\n"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, BOS, EOS, *ROLES.values()]

@@ -77,8 +77,10 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work: Path, seed: int, dtype: str,
-              progress: Progress) -> dict[str, float]:
+              progress: Progress, in_order: bool = False) -> dict[str, float]:
     """Train the policy in `start` on the packs, from the last checkpoint in `work` if there is one.
+
+    `in_order` takes the packs as they stand in the file (a curriculum) instead of shuffling them.
 
     Writes `out/checkpoint` and `out/curve.jsonl`; returns final metrics. Raises StageError when there are
     no packs, or when the loss stops being finite.
@@ -97,6 +99,7 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
         output_dir=str(work), seed=seed, data_seed=seed, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
         per_device_train_batch_size=per_device, gradient_accumulation_steps=packs_per_step // per_device,
+        train_sampling_strategy="sequential" if in_order else "random",
         num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate / config.learning_rate},

@@ -10,7 +10,7 @@ from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
 from workflows.inference import open_model, open_verifier, scorer
 
-DRILL_TOKENS = 60  # about the length of one, to make enough of them
+DRILL_TOKENS = 25  # fewer than a drill has, to make enough of them
 
 
 def base(context: StageContext) -> StageResult:
@@ -62,32 +62,33 @@ def _train_tiny(context: StageContext) -> StageResult:
                                  f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in
                                  ("bos", "eos", "pad")})
         save_policy(new_policy(config, context.seed), tokenizer, start)
-    start = _drill(context, start)
-    packed = write_packs(context, load_tokenizer(start), _rows(documents), train.pack_length,
-                         context.work / "packs.parquet")
+    counts = _write_lessons(context, load_tokenizer(start), documents)
     metrics = train_sft(train, start=start, packs=context.work / "packs.parquet", out=context.out, work=context.work,
-                        seed=context.seed, dtype=model_config.dtype, progress=context.progress)
-    return StageResult(counts={"documents": len(documents), **packed.counts}, metrics=metrics, key_metric="loss")
+                        seed=context.seed, dtype=model_config.dtype, progress=context.progress, in_order=True)
+    return StageResult(counts={"documents": len(documents), **counts}, metrics=metrics, key_metric="loss")
 
 
-def _drill(context: StageContext, start: Path) -> Path:
-    """The first steps go to copying random rows and to small sums. Attention that copies from the prompt forms
-    much sooner from these than from the mixed corpus."""
-    from distill.corpus import elementary_drill
-    from policy.tokenizer import load_tokenizer
-    from sft.trainer import train_sft
+def _write_lessons(context: StageContext, tokenizer, documents: list[dict]) -> dict[str, int]:
+    """Packs of rows to repeat for the first steps, then of the corpus.
 
-    steps, folder = context.config["model"].source.drill_steps, context.work / "drills"
-    if not steps or (folder / "checkpoint" / "tensors.json").exists():
-        return folder / "checkpoint" if steps else start
-    train = context.config["base"].model_copy(update={"max_steps": steps})
-    (folder / "work").mkdir(parents=True, exist_ok=True)
-    rng = random.Random(f"{context.seed}/drills")
-    rows = _rows([elementary_drill(rng) for _ in range(steps * train.batch_tokens // DRILL_TOKENS)])
-    write_packs(context, load_tokenizer(start), rows, train.pack_length, folder / "packs.parquet")
-    train_sft(train, start=start, packs=folder / "packs.parquet", out=folder, work=folder / "work", seed=context.seed,
-              dtype=context.config["model"].dtype, progress=context.progress)
-    return folder / "checkpoint"
+    Attention that copies from the prompt forms much sooner from them than from the mixed corpus, and every later
+    skill is made of it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from distill.corpus import copy_drill
+
+    config, rng = context.config["base"], random.Random(f"{context.seed}/drills")
+    wanted = context.config["model"].source.drill_steps * config.batch_tokens // config.pack_length
+    drills = [copy_drill(rng) for _ in range(wanted * config.pack_length // DRILL_TOKENS)]
+    tables, counts = [], {}
+    for limit, rows in ((wanted, drills), (None, documents)):
+        file = context.work / "lesson.parquet"
+        counts = write_packs(context, tokenizer, _rows(rows), config.pack_length, file).counts
+        tables.append(pq.read_table(file).slice(0, limit))
+    pq.write_table(pa.concat_tables(tables), context.work / "packs.parquet")
+    return counts | {"drill_packs": tables[0].num_rows}
 
 
 def _rows(documents: list[dict]) -> list[tuple[str, list, str]]:
@@ -100,8 +101,10 @@ def expert_sft(context: StageContext, domain: str) -> StageResult:
     from distill.judging import judge_demonstrations
     from distill.prompts import FORMS, prompt_messages, worked_completion
     from policy.tokenizer import load_tokenizer
+    from rl.engine import make_room
     from sft.trainer import train_sft
 
+    make_room()
     start = context.inputs["base"] / "checkpoint"
     problems = load_problems(context, "sft", domain)
     rng = random.Random(f"{context.seed}/{context.name}")

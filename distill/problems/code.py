@@ -82,6 +82,10 @@ def _fold(steps: list[Step], words: list[str]) -> tuple[Expression, list[str]]:
     return expression, lines
 
 
+def _told(words: list[str]) -> str:
+    return ", ".join(f"{when} {said}" for when, said in zip(("first", "then", "last"), words, strict=True))
+
+
 def _run(steps: list[Step], x: int) -> int:
     for step in steps:
         x = step.compute(x)
@@ -101,7 +105,7 @@ def python_int(rng: Random) -> Task:
     words = [step.words for step in steps]
     expression, lines = _fold(steps, words)
     cases = [(x, _run(steps, x)) for x in _inputs(rng, (0, -1))]
-    return _task(f"Write a Python function f(x): {', '.join(words)}, return the result.", lines,
+    return _task(f"Write f(x) in Python: {_told(words)}.", lines,
                  f"def f(x):\n    return {expression.text}", cases, "python")
 
 
@@ -111,7 +115,7 @@ def c_int(rng: Random) -> Task:
     words = [step.words for step in steps]
     expression, lines = _fold(steps, words)
     cases = [(x, _run(steps, x)) for x in _inputs(rng, (0, -1))]
-    return _task(f"Write a C function int f(int x): {', '.join(words)}, return the result.", lines,
+    return _task(f"Write int f(int x) in C: {_told(words)}.", lines,
                  f"int f(int x) {{\n    return {expression.text};\n}}", cases, "c")
 
 

@@ -10,6 +10,7 @@ from distill.prompts import prompt_key
 from pipeline.records import Check, Problem
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Ida")
+ORDER = ("first", "then", "next", "last")  # the words that tell the moves of one problem apart
 GIVE_UP = 500  # repeats in a row after which a skill counts as exhausted
 
 

@@ -1,4 +1,4 @@
-"""State tracking, ordering and truth values, with a name, a color or true/false as the boxed answer."""
+"""Places in a line, state tracking, ordering and truth values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from distill.problems.drawing import NAMES, Task, draw
+from distill.problems.math import LARGEST, tally
 from pipeline.records import Check, Problem
 
 COLORS = ("red", "blue", "green", "black", "white", "pink")
@@ -58,6 +59,16 @@ def ordering(rng: Random) -> Task:
     lines = [f"First {people[0]}.", *(f"{a} > {b}" for a, b in pairs), f"Order: {', '.join(people)}",
              f"Check: {RANKS[rank]} {people[rank]}."]
     return _task(" ".join(told) + f" Who is the {RANKS[rank]}?", lines, people[rank])
+
+
+def queue(rng: Random) -> Task:
+    """A place in a line that others join and leave further ahead; the chain writes the place after each change."""
+    who, *others = rng.sample(NAMES, 5)
+    start = rng.randint(4, LARGEST - 3)
+    moves, chain, check, place = tally(rng, start, "?" * rng.randint(3, 4), lowest=1)
+    words = ", ".join(f"{other} {'brings' if sign == '+' else 'takes'} {count}"
+                      for other, (sign, count) in zip(others, moves, strict=False))
+    return _task(f"Find {who}'s new number in line: {start}, {words}.", [chain, check], str(place))
 
 
 def truth(rng: Random) -> Task:
@@ -113,4 +124,4 @@ def _reduce(tree: Tree) -> tuple[Tree, bool]:
     return (all(parts) if tree[0] == "and" else any(parts)), True
 
 
-SKILLS = {"swaps": swaps, "ordering": ordering, "truth": truth}
+SKILLS = {"queue": queue, "swaps": swaps, "ordering": ordering, "truth": truth}

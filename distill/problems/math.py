@@ -1,7 +1,7 @@
 """Arithmetic in several steps with boxed integer answers between 0 and 40.
 
-Each chain writes one operation a line and ends by undoing or bounding the last one, so that a small model can
-follow a step at a time what it cannot do at once.
+Each chain writes every operation with its result and ends by undoing or bounding the last one, so that a small model
+can follow a step at a time what it cannot do at once.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from distill.problems.drawing import NAMES, Task, draw
+from distill.problems.drawing import NAMES, ORDER, Task, draw
 from pipeline.records import Check, Problem
 
-LARGEST = 40
-LARGEST_AMOUNT = 9  # of one addition or subtraction in a chain
+LARGEST = 20  # a running total
+LARGEST_AMOUNT = 4  # of one addition or subtraction to it
 FRUIT = ("apples", "pears", "plums", "figs", "limes", "nuts")
 THINGS = ("cards", "coins", "books", "pens", "shells", "stamps")
 ASK = "Answer in \\boxed{}."
@@ -29,36 +29,40 @@ def _task(prompt: str, lines: list[str], result: int) -> Task:
                 answer=f"The answer is \\boxed{{{result}}}.")
 
 
-def _steps(rng: Random, start: int, signs: str) -> tuple[list[tuple[str, int]], list[str], int]:
-    """Signed amounts ("?" leaves the sign open) with a running total in 0..LARGEST, the chain's lines and the total."""
-    total, moves, lines = start, [], []
+def tally(rng: Random, start: int, signs: str, lowest: int = 0) -> tuple[list[tuple[str, int]], str, str, int]:
+    """Signed amounts ("?" leaves the sign open) with a running total in lowest..LARGEST.
+
+    Returns the moves, the chain, its check (the last move undone) and the total.
+    """
+    total, moves, chain = start, [], str(start)
     for sign in signs:
         if sign == "?":
-            sign = "+" if total < 10 else "-" if total > LARGEST - LARGEST_AMOUNT else rng.choice("+-")
-        amount = rng.randint(1, min(LARGEST_AMOUNT, max(1, total * 3 // 4) if sign == "-" else LARGEST - total))
+            low, high = total - lowest < LARGEST_AMOUNT, LARGEST - total < LARGEST_AMOUNT
+            sign = "+" if low else "-" if high else rng.choice("+-")
+        amount = rng.randint(1, min(LARGEST_AMOUNT, total - lowest if sign == "-" else LARGEST - total))
         before, total = total, total - amount if sign == "-" else total + amount
-        lines.append(f"{before} {sign} {amount} = {total}")
+        chain += f" {sign} {amount} -> {total}"
         moves.append((sign, amount))
-    lines.append(f"Check: {total} {'+' if sign == '-' else '-'} {amount} = {before}.")
-    return moves, lines, total
+    return moves, chain, f"Check: {total} {'+' if sign == '-' else '-'} {amount} -> {before}.", total
 
 
 def running(rng: Random) -> Task:
     """A start value and three or four additions and subtractions."""
-    start = rng.randint(5, 30)
-    moves, lines, total = _steps(rng, start, "?" * rng.randint(3, 4))
-    words = " ".join(f"{'Add' if sign == '+' else 'Subtract'} {amount}." for sign, amount in moves)
-    return _task(f"Start with {start}. {words} What is the result?", lines, total)
+    start = rng.randint(3, LARGEST - 3)
+    moves, chain, check, total = tally(rng, start, "?" * rng.randint(3, 4))
+    words = ", ".join(f"{when} {'add' if sign == '+' else 'subtract'} {amount}"
+                      for when, (sign, amount) in zip(ORDER, moves, strict=False))
+    return _task(f"Start with {start}. {words.capitalize()}.", [chain, check], total)
 
 
 def story(rng: Random) -> Task:
-    """Two-digit sums and differences told about one person's things."""
+    """A sum and two differences told about one person's things."""
     who, other = rng.sample(NAMES, 2)
-    thing, start = rng.choice(THINGS), rng.randint(12, 30)
-    moves, lines, total = _steps(rng, start, "+--")
+    thing, start = rng.choice(THINGS), rng.randint(2 * LARGEST_AMOUNT, LARGEST - LARGEST_AMOUNT)
+    moves, chain, check, total = tally(rng, start, "+--")
     found, given, lost = (amount for _, amount in moves)
-    return _task(f"{who} has {start} {thing}, finds {found}, gives {given} to {other} and loses {lost}. "
-                 f"How many {thing} are left?", lines, total)
+    return _task(f"How many {thing} are left? {who} has {start}, finds {found}, gives {given} to {other} and loses "
+                 f"{lost}.", [chain, check], total)
 
 
 def shopping(rng: Random) -> Task:

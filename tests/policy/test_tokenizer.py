@@ -29,10 +29,11 @@ def test_any_text_comes_back_from_its_tokens(tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_each_digit_is_a_token_of_its_own():
-    tokenizer = train_tokenizer(["2024 2024 2024 100 100 100"] * 50, 300, 64)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("2024x100")["input_ids"]) == list("2024x100")
-    assert not [token for token in tokenizer.get_vocab() if len(token) > 1 and any(map(str.isdigit, token))]
+def test_a_small_number_is_one_token_wherever_it_stands():
+    tokenizer = train_tokenizer(["add 17 to 17, 4 + 17 = 21.\n17"] * 50, 400, 64)
+    pieces = [tokenizer.decode([i]) for i in tokenizer("add 17, 4 + 17 = 21.\n17 2024")["input_ids"]]
+    assert pieces == ["add ", "17", ", ", "4", " + ", "17", " = ", "21", ".", "\n", "17", " ", "2", "0", "2", "4"]
+    assert not [token for token in tokenizer.get_vocab() if sum(map(str.isdigit, token)) > 2]
 
 
 def test_the_chat_template_gives_exactly_these_tokens_and_marks_what_the_assistant_writes():
