@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from distill.prompts import FORMS, normalise, prompt_key
-from distill.rejection import Funnel, Rejected, stop_when_empty
+from distill.rejection import Funnel, Rejected, count_funnel, stop_when_empty
 from distill.shingles import Shingler, jaccard
 from pipeline.recipe import CurateConfig
 from pipeline.records import Message, Problem, Sample, content_id
@@ -46,11 +46,7 @@ def curate(samples: Iterable[Sample], problems: Iterable[Problem], config: Curat
     dropped += lost
     kept, lost, quota = _mixed(left, list(funnel), config, seed)
     dropped += lost
-    for sample, reason in dropped:
-        lost_here = funnel[sample.domain]["lost"]
-        lost_here[reason] = lost_here.get(reason, 0) + 1
-    for sample in kept:
-        funnel[sample.domain]["out"] += 1
+    count_funnel(funnel, kept, dropped)
     for domain, row in funnel.items():
         row["quota"] = quota[domain]
     needed = {domain: row for domain, row in funnel.items() if row["quota"]["wanted"] or row["out"]}

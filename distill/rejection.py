@@ -51,11 +51,8 @@ def reject(samples: Iterable[Sample], problems: Iterable[Problem],
         rejected += others
     kept, unasked = _cap_thinking(chosen, config.thinking_share)
     rejected += unasked
-    for sample, reason in rejected:
-        lost = funnel[sample.domain]["lost"]
-        lost[reason] = lost.get(reason, 0) + 1
+    count_funnel(funnel, kept, rejected)
     for sample in kept:
-        funnel[sample.domain]["out"] += 1
         if _thinks_unasked(sample):
             noted = funnel[sample.domain].setdefault("noted", {"original_with_thinking": 0})
             noted["original_with_thinking"] += 1
@@ -119,7 +116,7 @@ def _cap_thinking(samples: list[Sample], share: float) -> tuple[list[Sample], Re
             kept.append(sample)
             direct[sample.domain] += sample.form == "original"
     for domain, found in thinking.items():
-        allowed = len(found) if share == 1 else int(direct[domain] * share / (1 - share))
+        allowed = len(found) if share == 1 else int(direct[domain] * share / (1 - share) + 1e-9)
         found.sort(key=lambda sample: sample.id)
         lost += [(sample, "thinks") for sample in found[allowed:]]
         kept += [dataclasses.replace(sample, provenance=json.dumps(
@@ -129,6 +126,15 @@ def _cap_thinking(samples: list[Sample], share: float) -> tuple[list[Sample], Re
 
 def _thinks_unasked(sample: Sample) -> bool:
     return sample.form == "original" and split_thinking(sample.completion).thought is not None
+
+
+def count_funnel(funnel: Funnel, kept: Iterable[Sample], lost: Rejected) -> None:
+    """Add what was kept and lost, by reason, to the rows of a funnel that hold every domain."""
+    for sample, reason in lost:
+        reasons = funnel[sample.domain]["lost"]
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for sample in kept:
+        funnel[sample.domain]["out"] += 1
 
 
 def stop_when_empty(funnel: Funnel, what: str, remedy: str) -> None:

@@ -141,11 +141,6 @@ class EngineActor:
         self.llm.reset_prefix_cache()
         self.version = version
 
-    def resident_bytes(self) -> int:
-        import psutil
-
-        return psutil.Process().memory_info().rss
-
     def read_back(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
         """Checksums of the engine's own tensors, for those it holds under the same name and shape."""
         from policy.model import checksum
@@ -226,27 +221,23 @@ def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: i
 
 
 _OPEN: dict[str, ActorHandle] = {}
-LARGE_ENGINE = 0.15  # share of the machine's memory
+TRAINING_COPIES = 6  # weights, gradients, two Adam moments, and about two for activations and logits
 
 
-def make_room() -> None:
-    """End this process's engines that hold much of the machine's memory, before a training that rolls nothing out.
+def make_room(folder: Path) -> None:
+    """End this process's engines when training the checkpoint in `folder` would not fit beside them.
 
-    A small engine stays: starting it again costs more than the memory it holds.
+    For a training that rolls nothing out. Where it fits an engine stays: starting it again takes longer.
     """
     import psutil
 
-    for name, actor in list(_OPEN.items()):
-        try:
-            large = ray.get(actor.resident_bytes.remote()) > LARGE_ENGINE * psutil.virtual_memory().total
-        except ray.exceptions.RayActorError:
-            large = True  # it died by itself
-        if large:
-            ray.kill(_OPEN.pop(name))
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if TRAINING_COPIES * weights > psutil.virtual_memory().available:
+        _stop_others("engine-")
 
 
 def _stop_others(prefix: str) -> None:
-    """End this process's engines of a role before another architecture takes their memory."""
+    """End this process's engines whose names begin so, before something else takes their memory."""
     for name in [name for name in _OPEN if name.startswith(prefix)]:
         ray.kill(_OPEN.pop(name))
 

@@ -18,8 +18,9 @@ def sft(context: StageContext) -> StageResult:
     from rl.engine import make_room
     from sft.trainer import train_sft
 
-    make_room()
-    metrics = train_sft(context.config["sft"], start=context.inputs["base"] / "checkpoint",
+    start = context.inputs["base"] / "checkpoint"
+    make_room(start)
+    metrics = train_sft(context.config["sft"], start=start,
                         packs=context.inputs["pack"] / "packs.parquet", out=context.out, work=context.work,
                         seed=context.seed, dtype=context.config["model"].dtype, progress=context.progress)
     return StageResult(metrics=metrics, key_metric="loss")
@@ -81,9 +82,9 @@ def reward_model(context: StageContext) -> StageResult:
     from rl.engine import make_room
     from sft.trainer import train_sft
 
-    make_room()
     config = context.config["reward_model"]
     start = context.inputs["sft"] / "checkpoint"
+    make_room(start)
     problems = {problem.id: problem for problem in load_problems(context, "preference")}
     pairs = [json.loads(line) for line in (context.inputs["preference"] / "pairs.jsonl").read_text().splitlines()]
     rows = training_rows([pair for pair in pairs if pair["split"] == "train" and pair["reason"] is None], problems)

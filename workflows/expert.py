@@ -10,7 +10,7 @@ from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
 from workflows.inference import open_model, open_verifier, scorer
 
-DRILL_TOKENS = 25  # fewer than a drill has, to make enough of them
+DRILL_TOKENS = 25  # fewer than the mean drill has, to make enough of them
 
 
 def base(context: StageContext) -> StageResult:
@@ -104,8 +104,8 @@ def expert_sft(context: StageContext, domain: str) -> StageResult:
     from rl.engine import make_room
     from sft.trainer import train_sft
 
-    make_room()
     start = context.inputs["base"] / "checkpoint"
+    make_room(start)
     problems = load_problems(context, "sft", domain)
     rng = random.Random(f"{context.seed}/{context.name}")
     rows = []

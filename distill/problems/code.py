@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from distill.problems.drawing import Task, draw
+from distill.problems.drawing import Task, draw, told_in_order
 from pipeline.records import Check, Problem
 
 TESTS = 5
@@ -82,10 +82,6 @@ def _fold(steps: list[Step], words: list[str]) -> tuple[Expression, list[str]]:
     return expression, lines
 
 
-def _told(words: list[str]) -> str:
-    return ", ".join(f"{when} {said}" for when, said in zip(("first", "then", "last"), words, strict=True))
-
-
 def _run(steps: list[Step], x: int) -> int:
     for step in steps:
         x = step.compute(x)
@@ -101,22 +97,20 @@ def _task(prompt: str, lines: list[str], code: str, cases: list[tuple[object, ob
 
 def python_int(rng: Random) -> Task:
     """Three steps on one integer."""
-    steps = _steps(rng, 3)
-    words = [step.words for step in steps]
-    expression, lines = _fold(steps, words)
-    cases = [(x, _run(steps, x)) for x in _inputs(rng, (0, -1))]
-    return _task(f"Write f(x) in Python: {_told(words)}.", lines,
-                 f"def f(x):\n    return {expression.text}", cases, "python")
+    return _integer_task(_steps(rng, 3), rng, "f(x) in Python", "def f(x):\n    return {}", "python")
 
 
 def c_int(rng: Random) -> Task:
     """Three steps on one int, in C."""
-    steps = _steps(rng, 3, kinds=("add", "subtract", "multiply"))
+    return _integer_task(_steps(rng, 3, kinds=("add", "subtract", "multiply")), rng, "int f(int x) in C",
+                         "int f(int x) {{\n    return {};\n}}", "c")
+
+
+def _integer_task(steps: list[Step], rng: Random, what: str, code: str, language: str) -> Task:
     words = [step.words for step in steps]
     expression, lines = _fold(steps, words)
     cases = [(x, _run(steps, x)) for x in _inputs(rng, (0, -1))]
-    return _task(f"Write int f(int x) in C: {_told(words)}.", lines,
-                 f"int f(int x) {{\n    return {expression.text};\n}}", cases, "c")
+    return _task(f"Write {what}: {told_in_order(words)}.", lines, code.format(expression.text), cases, language)
 
 
 def python_branch(rng: Random) -> Task:

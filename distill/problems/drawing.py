@@ -10,7 +10,7 @@ from distill.prompts import prompt_key
 from pipeline.records import Check, Problem
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Ida")
-ORDER = ("first", "then", "next", "last")  # the words that tell the moves of one problem apart
+ORDER = ("first", "then", "next")
 GIVE_UP = 500  # repeats in a row after which a skill counts as exhausted
 
 
@@ -22,6 +22,11 @@ class Task:
     check: Check
     solution: str
     answer: str
+
+
+def told_in_order(moves: Sequence[str]) -> str:
+    """Two to four moves as `first A, then B, next C, last D`: each has a word of its own to be found by."""
+    return ", ".join(f"{when} {move}" for when, move in zip((*ORDER[:len(moves) - 1], "last"), moves, strict=True))
 
 
 def draw(domain: str, makers: Mapping[str, Callable[[Random], Task]], count: int, seed: int,

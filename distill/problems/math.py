@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from distill.problems.drawing import NAMES, ORDER, Task, draw
+from distill.problems.drawing import NAMES, Task, draw, told_in_order
 from pipeline.records import Check, Problem
 
 LARGEST = 20  # a running total
@@ -50,8 +50,7 @@ def running(rng: Random) -> Task:
     """A start value and three or four additions and subtractions."""
     start = rng.randint(3, LARGEST - 3)
     moves, chain, check, total = tally(rng, start, "?" * rng.randint(3, 4))
-    words = ", ".join(f"{when} {'add' if sign == '+' else 'subtract'} {amount}"
-                      for when, (sign, amount) in zip(ORDER, moves, strict=False))
+    words = told_in_order([f"{'add' if sign == '+' else 'subtract'} {amount}" for sign, amount in moves])
     return _task(f"Start with {start}. {words.capitalize()}.", [chain, check], total)
 
 

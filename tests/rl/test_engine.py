@@ -13,7 +13,7 @@ from tiny_models import save_tiny, scatter_biases, tiny_policy, tiny_tokenizer
 from pipeline.recipe import EngineConfig
 from pipeline.stage import StageError
 from policy.model import checksum, export_tensors, save_policy
-from rl.engine import Request, RolloutEngine, Sampling, chat_generator, open_engine
+from rl.engine import Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
 from rl.sync import PROBE_LENGTHS, _is_mtp, _prove, logprob_error, prove_checkpoint, sync_weights
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def engine(folder):
     mine = not ray.is_initialized()
     if mine:
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
-                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}})
+                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     yield open_engine(folder, CONFIG, dtype="float32", max_length=LENGTH, seed=0)
     if mine:
         ray.shutdown()
@@ -230,8 +230,20 @@ def test_the_probe_covers_every_expert():
     assert (probe.loads[:2] > 0).all()
 
 
+def test_an_idle_engine_stays_unless_a_training_would_not_fit_beside_it(engine, folder, monkeypatch):
+    """Second to last, as it ends the shared engine."""
+    make_room(folder)
+    assert engine.generate([Request((1, 2), 0)], Sampling(1.0, 4))
+    monkeypatch.setattr("rl.engine.TRAINING_COPIES", 10**9)
+    make_room(folder)
+    with pytest.raises(StageError, match="the rollout engine died"):
+        engine.generate([Request((1, 2), 0)], Sampling(1.0, 4))
+    make_room(folder)  # nothing is left to end
+
+
 def test_a_dead_engine_is_a_clear_error_and_the_next_one_starts_anew(engine, folder):
     """Last, as it ends the shared engine."""
+    engine = open_engine(folder, CONFIG, dtype="float32", max_length=LENGTH, seed=0)
     ray.kill(engine.actor)
     with pytest.raises(StageError, match="the rollout engine died during generate (?s:.*)lower engine.kv_cache_gib"):
         engine.generate([Request((1, 2), 0)], Sampling(1.0, 4))
