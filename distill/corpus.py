@@ -59,14 +59,9 @@ def _chat(messages: Iterable[Message], completion: str) -> Document:
 
 def _answer(problem: Problem, rng: Random) -> str | None:
     """The answer to show: for measurable notes a draft of any quality, so that there is something left to learn."""
-    if measurable(problem):
+    if writing.measurable(problem):
         return writing.draft(problem, rng, rng.choice(DRAFT_QUALITIES))
     return problem.answer
-
-
-def measurable(problem: Problem) -> bool:
-    """Whether a program can say which principles a text meets."""
-    return problem.check.kind == "principles" and problem.source.startswith("generated:")
 
 
 def _text(problem: Problem, rng: Random) -> Document | None:
@@ -88,14 +83,14 @@ def _chat_reasoning(problem: Problem, rng: Random) -> Document | None:
 
 
 def _pointwise(problem: Problem, rng: Random) -> Document | None:
-    if not measurable(problem):
+    if not writing.measurable(problem):
         return None
     text = writing.draft(problem, rng, rng.choice(DRAFT_QUALITIES))
     return _chat(pointwise_messages(problem, text), pointwise_judgement(problem, text))
 
 
 def _pairwise(problem: Problem, rng: Random) -> Document | None:
-    if not measurable(problem):
+    if not writing.measurable(problem):
         return None
     first, second = (writing.draft(problem, rng, quality) for quality in rng.sample(DRAFT_QUALITIES, 2))
     return _chat(pairwise_messages(problem, first, second), pairwise_judgement(problem, first, second))

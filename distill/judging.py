@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from random import Random
 
-from distill.corpus import DRAFT_QUALITIES, measurable, pairwise_judgement, pointwise_judgement
+from distill.corpus import DRAFT_QUALITIES, pairwise_judgement, pointwise_judgement
 from distill.problems import writing
 from pipeline.records import Message, Problem, content_id
 from rewards.judge import pairwise_messages, pointwise_messages
@@ -21,7 +21,7 @@ def judge_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonst
     """One pointwise and one pairwise demonstration per measurable problem."""
     rows: list[Demonstration] = []
     for problem in problems:
-        if not measurable(problem):
+        if not writing.measurable(problem):
             continue
         rng = Random(f"{seed}:judging:{problem.id}")
         first, second = (writing.draft(problem, rng, quality) for quality in rng.sample(DRAFT_QUALITIES, 2))

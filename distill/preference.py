@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.corpus import measurable
 from distill.problems import writing
 from pipeline.records import Message, Problem, Sample, content_id
 from rewards.extract import split_thinking
@@ -70,7 +69,7 @@ def labelled(pairs: Sequence[Mapping[str, Any]], problems: Mapping[str, Problem]
     known, sources = [], set()
     for pair in pairs:
         problem = problems[pair["problem_id"]]
-        if measurable(problem):
+        if writing.measurable(problem):
             lead = float(writing.score(problem, pair["a"]) - writing.score(problem, pair["b"]))
             sources.add("measured")
         else:

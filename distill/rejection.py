@@ -6,9 +6,7 @@ effective"; so among the correct, well-formed answers the shortest wins.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 
 from pipeline.recipe import RejectConfig
@@ -25,11 +23,9 @@ def reject(samples: Iterable[Sample], problems: Iterable[Problem],
     """Samples to keep, the others each with a reason, and the funnel per domain.
 
     Reasons: no_verdict, infra_error, abstain, malformed, timeout, wrong, judge_score, truncated, too_long,
-    bad_thinking, no_thinking, empty_answer, duplicate, not_shortest, thinks. A sample of the original form may think
-    of its own accord, up to `thinking_share` of that form's kept samples in a domain (the rest are lost as "thinks"):
-    the report pairs a problem alone with an original response, and leaves it to RL to bring thinking there. Its
-    provenance gets "thinks": true, and the funnel counts it under "noted". Raises StageError, with the funnel, when a
-    domain ends empty, and ValueError for a sample whose problem is unknown.
+    bad_thinking, no_thinking, empty_answer, duplicate, not_shortest. A sample of the original form may think unasked:
+    RL teaches an expert to bring its reasoning where no system prompt calls for it (section 5.1). Raises StageError,
+    with the funnel, when a domain ends empty, and ValueError for a sample whose problem is unknown.
     """
     by_id = {problem.id: problem for problem in problems}
     rejected: Rejected = []
@@ -44,18 +40,12 @@ def reject(samples: Iterable[Sample], problems: Iterable[Problem],
             groups[sample.problem_id, sample.form].append(sample)
         else:
             rejected.append((sample, reason))
-    chosen: list[Sample] = []
+    kept: list[Sample] = []
     for group in groups.values():
         best, others = _shortest(group, config.keep)
-        chosen += best
+        kept += best
         rejected += others
-    kept, unasked = _cap_thinking(chosen, config.thinking_share)
-    rejected += unasked
     count_funnel(funnel, kept, rejected)
-    for sample in kept:
-        if _thinks_unasked(sample):
-            noted = funnel[sample.domain].setdefault("noted", {"original_with_thinking": 0})
-            noted["original_with_thinking"] += 1
     stop_when_empty(funnel, "rejection", "train the expert longer, sample more or relax reject.max_tokens")
     return kept, rejected, funnel
 
@@ -102,30 +92,6 @@ def _shortest(group: list[Sample], keep: int) -> tuple[list[Sample], Rejected]:
             chosen.append(sample)
         seen.add(sample.completion)
     return chosen, others
-
-
-def _cap_thinking(samples: list[Sample], share: float) -> tuple[list[Sample], Rejected]:
-    """Without the samples of the original form that think beyond `share` of that form, domain by domain."""
-    kept, lost = [], []
-    thinking: dict[str, list[Sample]] = defaultdict(list)
-    direct: Counter[str] = Counter()
-    for sample in samples:
-        if _thinks_unasked(sample):
-            thinking[sample.domain].append(sample)
-        else:
-            kept.append(sample)
-            direct[sample.domain] += sample.form == "original"
-    for domain, found in thinking.items():
-        allowed = len(found) if share == 1 else int(direct[domain] * share / (1 - share) + 1e-9)
-        found.sort(key=lambda sample: sample.id)
-        lost += [(sample, "thinks") for sample in found[allowed:]]
-        kept += [dataclasses.replace(sample, provenance=json.dumps(
-            {**json.loads(sample.provenance), "thinks": True}, sort_keys=True)) for sample in found[:allowed]]
-    return kept, lost
-
-
-def _thinks_unasked(sample: Sample) -> bool:
-    return sample.form == "original" and split_thinking(sample.completion).thought is not None
 
 
 def count_funnel(funnel: Funnel, kept: Iterable[Sample], lost: Rejected) -> None:

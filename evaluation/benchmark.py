@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill.problems import writing
 from evaluation.statistics import pass_at_k, wilson
-from pipeline.records import Sample, Status
+from pipeline.records import Problem, Sample, Status
+from rewards.extract import split_thinking
 from rewards.judge import Judge
 
 ALL = "all"
@@ -40,23 +42,30 @@ def pooled(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return row(right, n, sum(known) / len(known) if known else None)
 
 
-def win_rate(judge: Judge, problems: Sequence[Any], ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
-    """Share of problems on which `ours` beats `theirs`, judged in both orders; a tie or disagreement counts half.
+def win_rate(judge: Judge | None, problems: Sequence[Problem], ours: Sequence[str],
+             theirs: Sequence[str]) -> dict[str, Any]:
+    """Share of problems on which `ours` beats `theirs`; a tie counts half.
 
-    An answer the judge is not asked about (empty, or broken thinking) loses to one it is.
+    A program decides where it can measure the principles: it was never a reward, so a model that learned to please
+    its judge gains nothing. Elsewhere `judge` decides in both orders (disagreement is a tie, an abstention leaves n).
+    An answer that is empty or whose thinking is broken loses to one that is neither.
     """
-    from rewards.extract import split_thinking
-
-    valid = [[bool(thinking.well_formed and thinking.answer.strip()) for thinking in map(split_thinking, texts)]
-             for texts in (ours, theirs)]
-    asked = [i for i in range(len(problems)) if valid[0][i] and valid[1][i]]
+    pairs = [tuple(_shown(text) for text in pair) for pair in zip(ours, theirs, strict=True)]
+    asked = [i for i, (a, b) in enumerate(pairs) if a and b and not writing.measurable(problems[i])]
     compared = dict(zip(asked, judge.compare([problems[i] for i in asked], [ours[i] for i in asked],
-                                             [theirs[i] for i in asked], votes=2), strict=True))
-    points, n = 0.0, 0
-    for i in range(len(problems)):
-        if i not in compared:
-            points, n = points + (0.5 if valid[0][i] == valid[1][i] else float(valid[0][i])), n + 1
+                                             [theirs[i] for i in asked], votes=2), strict=True)) if asked else {}
+    leads: list[float] = []
+    for i, (problem, (a, b)) in enumerate(zip(problems, pairs, strict=True)):
+        if not (a and b):
+            leads.append(bool(a) - bool(b))
+        elif writing.measurable(problem):
+            leads.append(writing.score(problem, a) - writing.score(problem, b))
         elif compared[i].score_a is not None:
-            gap = compared[i].score_a - compared[i].score_b
-            points, n = points + (0.5 if not compared[i].consistent or gap == 0 else float(gap > 0)), n + 1
-    return row(points, n, None)
+            leads.append((compared[i].score_a - compared[i].score_b) * compared[i].consistent)
+    return row(sum(0.5 if lead == 0 else float(lead > 0) for lead in leads), len(leads), None)
+
+
+def _shown(completion: str) -> str:
+    """What a reader sees of a completion: the answer, or nothing when its thinking is broken."""
+    thinking = split_thinking(completion)
+    return thinking.answer.strip() if thinking.well_formed else ""

@@ -192,8 +192,6 @@ class GenerateConfig(Section):
 class RejectConfig(Section):
     keep: PositiveInt = Field(1, description="samples kept per problem and form: the shortest of the correct ones")
     max_tokens: PositiveInt = 8192
-    thinking_share: Fraction01 = Field(0.3, description="largest share of thinking samples among the kept ones of the "
-                                       "original form")
     min_judge_score: Fraction01 = Field(0.7, description="floor for samples without a rule to check them")
 
 

@@ -85,9 +85,9 @@ def evaluation_section(run: RunView) -> str:
     notes = ["Held-out problems, the same for every model. Whiskers and intervals are 95% Wilson intervals of one "
              "training run: they hold the luck of the problems, not that of another seed."]
     if run.judged:
-        notes.append(f"{', '.join(sorted(run.judged))}: judged by the run's own reward model in both orders, against "
-                     "the base model's answer; ties and disagreeing orders count half. “Principles met” is measured by "
-                     "a program and was never a reward: it checks the judge.")
+        notes.append(f"{', '.join(sorted(run.judged))}: wins against the base model's answer, a tie counts half. "
+                     "A program decides where it can measure the principles (“principles met”; never a reward), the "
+                     "run's own reward model in both orders elsewhere.")
     return gap + tag("div", *panels, class_="panels wide") + \
         "".join(tag("p", text(note), class_="note") for note in notes) + \
         table(["domain", "model", "n", "accuracy or win rate", "95% interval", f"pass@{k}", "principles met"], rows,
@@ -260,8 +260,8 @@ def _calibration(run: RunView) -> str:
     if not found:
         return ""
     floor = run.setting("reward_model.min_accuracy")
-    names = {"n": "held-out pairs", "truth": "truth", "accuracy": "pairs judged right, both orders",
-             "pointwise_accuracy": "pairs ranked right by single scores", "consistency": "both orders agree",
+    names = {"n": "held-out pairs", "truth": "truth", "accuracy": "pairs ranked right, single scores",
+             "pairwise_accuracy": "pairs judged right, both orders", "consistency": "both orders agree",
              "abstain_rate": "abstained"}
     rows = []
     for key, value in found.items():

@@ -109,7 +109,7 @@ def rl(context: StageContext) -> StageResult:
         folder, config = context.inputs["reward-model"], context.config["reward_model"]
         calibration = json.loads((folder / "calibration.json").read_text())
         if calibration["accuracy"] is None or calibration["accuracy"] < config.min_accuracy:
-            raise StageError(f"rl: the reward model judges {calibration['accuracy']} of {calibration['n']} held-out "
+            raise StageError(f"rl: the reward model ranks {calibration['accuracy']} of {calibration['n']} held-out "
                              f"pairs right, below reward_model.min_accuracy {config.min_accuracy:g}; a weak judge is "
                              "rewarded noise. Train it longer or on more pairs, or lower the bound")
         model = open_model(folder / "checkpoint", context.config["model"], context.config["engine"], context.seed,

@@ -127,13 +127,20 @@ def expert_sft(context: StageContext, domain: str) -> StageResult:
 
 
 def expert_rl(context: StageContext, domain: str) -> StageResult:
-    """GRPO on one domain; a judged domain is rewarded by the expert's own votes (self-rewarding, section 5.4.2)."""
-    return run_grpo(context, context.inputs[f"expert-{domain}-sft"] / "checkpoint",
-                    load_problems(context, "rl", domain), judge=None)
+    """GRPO on one domain; a judged domain is rewarded by its own start (self-rewarding, section 5.4.2).
+
+    The judge keeps those weights: one that moved with the policy would come to approve of it.
+    """
+    start, problems = context.inputs[f"expert-{domain}-sft"] / "checkpoint", load_problems(context, "rl", domain)
+    judge = None
+    if any(problem.check.kind == "principles" for problem in problems):
+        judge = open_model(start, context.config["model"], context.config["engine"], context.seed, role="judge").judge(
+            votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
+    return run_grpo(context, start, problems, judge)
 
 
 def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge) -> StageResult:
-    """One GRPO training of the checkpoint in `start`; without a `judge`, principles are judged by the policy."""
+    """One GRPO training of the checkpoint in `start`; `judge` is needed where problems have principles."""
     from distill.prompts import prompt_messages
     from rl.grpo import train_grpo
     from rl.trainer import Prompt
@@ -147,7 +154,6 @@ def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge)
     for problem in problems:
         form = "reasoning" if rng.random() < config.reasoning_share else "original"
         prompts.append(Prompt(problem, form, prompt_messages(problem, form)))
-    judge = judge or opened.judge(votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
     with open_verifier(judge, problems) as verifier:
         metrics, states = train_grpo(
             config, start=start, prompts=prompts, engine=opened.engine, scorer=scorer(verifier, config.rewards),

@@ -61,7 +61,10 @@ def _step(rng: Random, kind: str) -> Step:
                 lambda e: Expression(f"-{e.at_least(POWER)}", MINUS), lambda x: -x)
 
 
-def _steps(rng: Random, count: int, kinds: Sequence[str] = ("add", "subtract", "multiply", "square", "negate"),
+ARITHMETIC = ("add", "subtract", "multiply")
+
+
+def _steps(rng: Random, count: int, kinds: Sequence[str] = (*ARITHMETIC, "square", "negate"),
            weights: Sequence[int] = (5, 5, 4, 1, 1)) -> list[Step]:
     """`count` steps, neighbours of different kinds, at most one square (values stay inside a C int)."""
     steps: list[Step] = []
@@ -97,12 +100,12 @@ def _task(prompt: str, lines: list[str], code: str, cases: list[tuple[object, ob
 
 def python_int(rng: Random) -> Task:
     """Three steps on one integer."""
-    return _integer_task(_steps(rng, 3), rng, "f(x) in Python", "def f(x):\n    return {}", "python")
+    return _integer_task(_steps(rng, 3, ARITHMETIC), rng, "f(x) in Python", "def f(x):\n    return {}", "python")
 
 
 def c_int(rng: Random) -> Task:
     """Three steps on one int, in C."""
-    return _integer_task(_steps(rng, 3, kinds=("add", "subtract", "multiply")), rng, "int f(int x) in C",
+    return _integer_task(_steps(rng, 3, ARITHMETIC), rng, "int f(int x) in C",
                          "int f(int x) {{\n    return {};\n}}", "c")
 
 

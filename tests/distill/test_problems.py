@@ -43,7 +43,7 @@ def test_no_prompt_comes_twice_and_ids_are_content_hashes(name):
 
 def test_an_exhausted_skill_ends_early_without_repeats():
     problems = list(GENERATORS["writing"](5000, 0, ["note"]))
-    assert 600 < len(problems) <= 16 * 15 * 3
+    assert 1000 < len(problems) <= 8 * 16 * 12  # names, nouns, qualities
     assert len({p.id for p in problems}) == len(problems)
 
 

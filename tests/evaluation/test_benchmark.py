@@ -1,5 +1,6 @@
 import pytest
 
+from distill.problems import writing
 from evaluation.benchmark import accuracy, pooled, row, win_rate
 from evaluation.calibration import calibrate
 from evaluation.statistics import wilson
@@ -87,6 +88,14 @@ def test_pairs_the_judge_cannot_read_leave_the_win_rate():
     assert (found["n"], found["accuracy"]) == (1, 1.0)
 
 
+def test_a_program_decides_where_it_can_measure():
+    letter = next(writing.generate(1, 0))
+    good, bad = letter.answer, "Nothing."
+    found = win_rate(None, [letter] * 3, [good, "<think>x</think>" + good, bad], [bad, good, good])
+    assert (found["n"], found["accuracy"]) == (3, 1.5 / 3)
+    assert win_rate(None, [letter], [f"<think>{good}"], [bad])["accuracy"] == 0.0
+
+
 def test_an_empty_or_broken_answer_loses_without_being_asked_about():
     ours = ["", "good words", "<think>never closed", "<think>x</think>good words"]
     theirs = ["bad words", "<think>x</think>", "", "bad words"]
@@ -101,16 +110,17 @@ def test_calibration_counts_right_consistent_and_abstained_pairs():
              (NOTE, "bad words", "good words", -3.0),  # right
              (NOTE, "odd words", "good words", -1.0)]  # abstains, which counts as wrong
     assert calibrate(scripted_judge(QUALITY), pairs, "measured") == {
-        "n": 4, "truth": "measured", "accuracy": 0.5, "pointwise_accuracy": 0.5, "consistency": 1.0,
+        "n": 4, "truth": "measured", "accuracy": 0.5, "pairwise_accuracy": 0.5, "consistency": 1.0,
         "abstain_rate": 0.25}
 
 
 def test_a_judge_that_follows_the_order_is_not_consistent():
-    found = calibrate(scripted_judge(lambda text: 5, first_bonus=3), [(NOTE, "good words", "bad words", 1.0)], "votes")
-    assert (found["accuracy"], found["consistency"], found["truth"]) == (0.0, 0.0, "votes")
+    pairs = [(NOTE, "good words", "bad words", 1.0)]
+    found = calibrate(scripted_judge(lambda text: 5, first_bonus=3), pairs, "votes")
+    assert (found["accuracy"], found["pairwise_accuracy"], found["consistency"]) == (0.5, 0.5, 0.0)
 
 
 def test_calibration_without_pairs_is_unknown():
     assert calibrate(scripted_judge(QUALITY), [], "votes") == {
-        "n": 0, "truth": "votes", "accuracy": None, "pointwise_accuracy": None, "consistency": None,
+        "n": 0, "truth": "votes", "accuracy": None, "pairwise_accuracy": None, "consistency": None,
         "abstain_rate": None}

@@ -143,7 +143,7 @@ class MadeUp:
                          "max_violation": lambda at: 2 - at + noise() / 3})
         if calibrated:
             (out / "calibration.json").write_text(json.dumps({
-                "n": 16, "truth": "measured", "accuracy": 0.6875, "pointwise_accuracy": None, "consistency": 0.8,
+                "n": 16, "truth": "measured", "accuracy": 0.6875, "pairwise_accuracy": None, "consistency": 0.8,
                 "abstain_rate": 0.0625}))
         return StageResult({"documents": 300}, {"loss": 0.84}, "loss")
 
