@@ -63,7 +63,7 @@ def test_an_engine_proves_the_checkpoint_it_started_from(engine, folder):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_sync_of_new_weights_and_biases_is_proved(engine, seed):
     model = changed_policy(seed)
-    assert logprob_error(model, engine) > 1000 * BOUND  # the engine still has other weights
+    assert logprob_error(model, engine, BOUND) > 1000 * BOUND  # the engine still has other weights
     proof = sync_weights(model, engine, seed, BOUND)
     assert proof.max_logprob_error <= BOUND
     tensors, checksums = sent(model)
@@ -81,7 +81,7 @@ def test_the_biases_alone_change_what_the_engine_computes(engine):
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.linspace(-1, 1, len(buffer)))
-    assert logprob_error(model, engine) > BOUND
+    assert logprob_error(model, engine, BOUND) > BOUND
     assert sync_weights(model, engine, 2, BOUND).max_logprob_error <= BOUND
 
 
@@ -114,7 +114,7 @@ def test_a_tensor_damaged_on_the_way_is_named_and_nothing_is_loaded(engine):
     tensors, checksums = sent(changed_policy(2))
     with pytest.raises(StageError, match="lm_head.weight arrived damaged"):
         engine.update(tensors, {**checksums, "lm_head.weight": "0" * 16}, 2)
-    assert logprob_error(model, engine) <= BOUND
+    assert logprob_error(model, engine, BOUND) <= BOUND
 
 
 def test_a_folder_is_loaded_into_the_running_engine(engine, tmp_path):
@@ -185,9 +185,9 @@ def test_a_reload_that_keeps_the_packed_kernel_still_leaves_experts_wrong(engine
         actor.llm.reset_prefix_cache()
 
     ray.get(engine.actor.__ray_call__.remote(reload_without_remedy, str(tmp_path / "model.safetensors")))
-    assert logprob_error(model, engine) > 100 * BOUND
+    assert logprob_error(model, engine, BOUND) > 100 * BOUND
     engine.load_folder(tmp_path)
-    assert logprob_error(model, engine) <= BOUND
+    assert logprob_error(model, engine, BOUND) <= BOUND
 
 
 ROTARY_SCRIPT = f"""
@@ -201,7 +201,7 @@ from policy.model import load_policy
 start = vllm.LLM
 vllm.LLM = lambda folder, compilation_config, **options: start(folder, **options)  # the remedy left out
 actor = EngineActor(sys.argv[1], EngineConfig(max_sequences=32).model_dump(), "float32", {LENGTH}, 0)
-print("error", logprob_error(load_policy(sys.argv[1]).eval(), actor))
+print("error", logprob_error(load_policy(sys.argv[1]).eval(), actor, {BOUND}))
 """
 
 
