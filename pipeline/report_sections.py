@@ -66,7 +66,7 @@ def evaluation_section(run: RunView) -> str:
             continue
         sizes = sorted({row["n"] for _, _, row in found})
         sample = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        what = "answers that beat the base model's, by the judge" if judged else "greedy answers that are right"
+        what = "answers that beat the base model's" if judged else "greedy answers that are right"
         name = "all checkable domains" if domain == ALL else domain
         marks = [(label, kind, row["accuracy"], tuple(row["ci95"])) for kind, label, row in found
                  if row["accuracy"] is not None and not (judged and kind == "base")]
