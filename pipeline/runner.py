@@ -28,6 +28,7 @@ from pipeline.worker import StageOrder, StageWorker
 
 POLL_SECONDS = 0.25
 MEMORY_SECONDS = 1.0
+WORKER_SHARE = 0.25  # of the machine's memory: a worker that holds more after a stage gives way to a new one
 TRACEBACK_LINES = 12
 
 
@@ -119,11 +120,15 @@ class _Driver:
         total_gpus = ray.cluster_resources().get("GPU", 0)
         # a GPU of its own where the engine leaves one, else trainer and engine share
         gpus = 1 if total_gpus - self.recipe.engine.gpus >= 1 else 0
-        actor = ray.remote(StageWorker).options(name=f"stage-worker-{os.getpid()}", num_cpus=0, num_gpus=gpus)
-        worker = actor.remote()
-        seconds = {}
+        actor = ray.remote(StageWorker)
+        worker, seconds = None, {}
         for number, item in enumerate(todo, start=1):
+            if worker is None:
+                worker = actor.options(name=f"stage-worker-{os.getpid()}-{number}", num_cpus=0, num_gpus=gpus).remote()
             seconds[item.stage.name] = self.run_one(worker, item, f"{number} of {len(todo)}")
+            if ray.get(worker.resident.remote()) > WORKER_SHARE * psutil.virtual_memory().total:
+                ray.kill(worker)  # its engines end with it; both start again where a stage needs them
+                worker = None
         return seconds
 
     def run_one(self, worker: Any, item: PlannedStage, position: str) -> float:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from pipeline.artifacts import disk_full_explained, now
 from pipeline.progress import FileProgress
 from pipeline.stage import Stage, StageContext, StageError, StageResult
@@ -63,6 +65,11 @@ class StageWorker:
                 finally:
                     progress.close()
                     _release_memory()
+
+
+    def resident(self) -> int:
+        """Bytes of memory that this process holds between stages."""
+        return psutil.Process().memory_info().rss
 
 
 def _release_memory() -> None:

@@ -103,3 +103,25 @@ def test_a_dead_worker_is_reported_with_the_way_on(resumed):
     assert resumed["died_code"] == 1
     assert "the worker process died" in resumed["died"]
     assert "the same command resumes" in resumed["died"]
+
+
+LEAN = """
+import sys
+from pathlib import Path
+from rich.console import Console
+import toy_workflow
+from pipeline import runner
+from pipeline.stage import Stage
+
+runner.WORKER_SHARE = 0.0  # every worker holds too much
+config = {"rows": 1, "pause_at": -1, "go": ""}
+stages = [Stage(name, toy_workflow.count_rows, config, modules=("toy_workflow",)) for name in ("one", "two")]
+runner.run(toy_workflow.recipe(), stages, Path(sys.argv[1]), console=Console(force_terminal=False))
+"""
+
+
+def test_a_worker_that_keeps_too_much_memory_gives_way_to_a_new_one(tmp_path):
+    subprocess.run(["env", f"PYTHONPATH={HERE.parents[1]}:{HERE}", sys.executable, "-c", LEAN, str(tmp_path / "run")],
+                   check=True, capture_output=True, text=True, timeout=120)
+    rows = [file.read_text() for file in (tmp_path / "run").glob("stages/*/*/rows.txt")]
+    assert len({row.split()[1] for row in rows}) == 2, rows  # the process that wrote each stage's row
