@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill.problems import writing
 from evaluation.statistics import pass_at_k, wilson
 from pipeline.records import Problem, Sample, Status
 from rewards.extract import split_thinking
@@ -42,24 +41,29 @@ def pooled(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return row(right, n, sum(known) / len(known) if known else None)
 
 
-def win_rate(judge: Judge | None, problems: Sequence[Problem], ours: Sequence[str],
+Measure = Callable[[Problem, str], float | None]
+"""How good a text is by a program's account; None where no program can say."""
+
+
+def win_rate(judge: Judge | None, measure: Measure, problems: Sequence[Problem], ours: Sequence[str],
              theirs: Sequence[str]) -> dict[str, Any]:
     """Share of problems on which `ours` beats `theirs`; a tie counts half.
 
-    A program decides where it can measure the principles: it was never a reward, so a model that learned to please
-    its judge gains nothing. Elsewhere `judge` decides in both orders (disagreement is a tie, an abstention leaves n).
+    `measure` decides where it can: it was never a reward, so a model that learned to please its judge gains nothing.
+    Elsewhere `judge` decides in both orders (disagreement is a tie, an abstention leaves n).
     An answer that is empty or whose thinking is broken loses to one that is neither.
     """
     pairs = [tuple(_shown(text) for text in pair) for pair in zip(ours, theirs, strict=True)]
-    asked = [i for i, (a, b) in enumerate(pairs) if a and b and not writing.measurable(problems[i])]
+    measured = [[measure(problem, text) for text in pair] for problem, pair in zip(problems, pairs, strict=True)]
+    asked = [i for i, (a, b) in enumerate(pairs) if a and b and None in measured[i]]
     compared = dict(zip(asked, judge.compare([problems[i] for i in asked], [ours[i] for i in asked],
                                              [theirs[i] for i in asked], votes=2), strict=True)) if asked else {}
     leads: list[float] = []
-    for i, (problem, (a, b)) in enumerate(zip(problems, pairs, strict=True)):
+    for i, (a, b) in enumerate(pairs):
         if not (a and b):
             leads.append(bool(a) - bool(b))
-        elif writing.measurable(problem):
-            leads.append(writing.score(problem, a) - writing.score(problem, b))
+        elif i not in compared:
+            leads.append(measured[i][0] - measured[i][1])
         elif compared[i].score_a is not None:
             leads.append((compared[i].score_a - compared[i].score_b) * compared[i].consistent)
     return row(sum(0.5 if lead == 0 else float(lead > 0) for lead in leads), len(leads), None)

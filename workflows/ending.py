@@ -14,7 +14,6 @@ from workflows.inference import open_model, open_verifier
 
 def evaluate(context: StageContext) -> StageResult:
     """`evaluation.json`: {"models": {name: {domain: row}}} for base, each expert in its domain, SFT and RL."""
-    from distill.problems import writing
     from evaluation.benchmark import ALL, accuracy, pooled, win_rate
 
     config, domains = context.config["evaluation"], context.config["domains"]
@@ -47,14 +46,14 @@ def evaluate(context: StageContext) -> StageResult:
                 kept += greedy + sampled
                 context.progress.note(f"{label} on {name}: {_percent(result[label][name]['accuracy'])}")
     judge = None
-    if not all(writing.measurable(problem) for name in judged for problem in problems[name]):
+    if any(_measure(problem, "") is None for name in judged for problem in problems[name]):
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed)
         judge = model.judge(votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
     for label, (_, own) in models.items():
         for name in judged & set(own):
             rows, base = answers[label][name], answers["base"][name]
-            result[label][name] = win_rate(judge, problems[name], [s.completion for s in rows],
+            result[label][name] = win_rate(judge, _measure, problems[name], [s.completion for s in rows],
                                            [s.completion for s in base])
             context.progress.note(f"{label} on {name}: wins {_percent(result[label][name]['accuracy'])} against base")
     for label in ("base", "sft", "rl"):
@@ -89,12 +88,19 @@ def _verified(verifier, samples: list[Sample], problems) -> list[Sample]:
 
 def _measured(problems, samples: list[Sample]) -> float | None:
     """Mean share of principles met, where a program can measure them: a check on the judge, never a reward."""
-    from distill.problems import writing
     from rewards.extract import split_thinking
 
-    shares = [writing.score(problem, split_thinking(sample.completion).answer) / 10
-              for problem, sample in zip(problems, samples, strict=True) if writing.measurable(problem)]
-    return sum(shares) / len(shares) if shares else None
+    shares = [_measure(problem, split_thinking(sample.completion).answer)
+              for problem, sample in zip(problems, samples, strict=True)]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _measure(problem, text: str) -> float | None:
+    """The share of principles that a text meets; None where no program can measure them."""
+    from distill.problems import writing
+
+    return writing.score(problem, text) / 10 if writing.measurable(problem) else None
 
 
 def _percent(share: float | None) -> str:

@@ -1,6 +1,5 @@
 import pytest
 
-from distill.problems import writing
 from evaluation.benchmark import accuracy, pooled, row, win_rate
 from evaluation.calibration import calibrate
 from evaluation.statistics import wilson
@@ -72,36 +71,42 @@ def test_pooled_counts_every_problem_once_and_skips_empty_domains():
 def test_the_win_rate_counts_wins_one_and_ties_half():
     ours = ["good words", "bad words", "fair words", "good words"]
     theirs = ["bad words", "good words", "fair words", "fair words"]
-    found = win_rate(scripted_judge(QUALITY), [NOTE] * 4, ours, theirs)
+    found = win_rate(scripted_judge(QUALITY), unmeasured, [NOTE] * 4, ours, theirs)
     assert (found["n"], found["accuracy"]) == (4, 2.5 / 4)
-    back = win_rate(scripted_judge(QUALITY), [NOTE] * 4, theirs, ours)
+    back = win_rate(scripted_judge(QUALITY), unmeasured, [NOTE] * 4, theirs, ours)
     assert found["accuracy"] + back["accuracy"] == 1.0
 
 
 def test_a_judge_that_likes_the_first_place_gives_half_to_both():
     judge = scripted_judge(lambda text: 5, first_bonus=3)
-    assert win_rate(judge, [NOTE], ["good words"], ["bad words"])["accuracy"] == 0.5
+    assert win_rate(judge, unmeasured, [NOTE], ["good words"], ["bad words"])["accuracy"] == 0.5
 
 
 def test_pairs_the_judge_cannot_read_leave_the_win_rate():
-    found = win_rate(scripted_judge(QUALITY), [NOTE] * 2, ["odd words", "good words"], ["bad words", "bad words"])
+    found = win_rate(scripted_judge(QUALITY), unmeasured, [NOTE] * 2, ["odd words", "good words"], ["bad words"] * 2)
     assert (found["n"], found["accuracy"]) == (1, 1.0)
 
 
 def test_a_program_decides_where_it_can_measure():
-    letter = next(writing.generate(1, 0))
-    good, bad = letter.answer, "Nothing."
-    found = win_rate(None, [letter] * 3, [good, "<think>x</think>" + good, bad], [bad, good, good])
+    def measure(problem, text):
+        return QUALITY(text)
+
+    found = win_rate(None, measure, [NOTE] * 3, ["good words", "<think>x</think>good words", "bad words"],
+                     ["bad words", "good words", "good words"])
     assert (found["n"], found["accuracy"]) == (3, 1.5 / 3)
-    assert win_rate(None, [letter], [f"<think>{good}"], [bad])["accuracy"] == 0.0
+    assert win_rate(None, measure, [NOTE], ["<think>good words"], ["bad words"])["accuracy"] == 0.0
+
+
+def unmeasured(problem, text):
+    return None
 
 
 def test_an_empty_or_broken_answer_loses_without_being_asked_about():
     ours = ["", "good words", "<think>never closed", "<think>x</think>good words"]
     theirs = ["bad words", "<think>x</think>", "", "bad words"]
-    found = win_rate(scripted_judge(QUALITY), [NOTE] * 4, ours, theirs)
+    found = win_rate(scripted_judge(QUALITY), unmeasured, [NOTE] * 4, ours, theirs)
     assert (found["n"], found["accuracy"]) == (4, (0 + 1 + 0.5 + 1) / 4)
-    assert win_rate(scripted_judge(QUALITY), [], [], [])["accuracy"] is None
+    assert win_rate(scripted_judge(QUALITY), unmeasured, [], [], [])["accuracy"] is None
 
 
 def test_calibration_counts_right_consistent_and_abstained_pairs():
