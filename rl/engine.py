@@ -207,10 +207,12 @@ def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: i
                     if key not in NOT_ARCHITECTURE}
     signature = json.dumps([architecture, config.model_dump(), dtype, max_length], sort_keys=True, default=str)
     name = f"engine-{role}-{hashlib.sha256(signature.encode()).hexdigest()[:8]}-{os.getpid()}"
-    if name in _OPEN:
-        engine = RolloutEngine(_OPEN[name])
+    try:
+        engine = RolloutEngine(ray.get_actor(name))
         engine.load_folder(folder)
         return engine
+    except ValueError:
+        pass  # no such actor yet, or it has died
     _stop_others(f"engine-{role}-")
     actor_class = ray.remote(EngineActor).options(name=name, num_cpus=0, num_gpus=config.gpus, max_restarts=0)
     actor = actor_class.remote(str(folder), config.model_dump(), dtype, max_length, seed)
