@@ -30,8 +30,7 @@ class Demand:
     cue: str
 
 
-# in the order of their place in a letter; the second place is the opening sentence's
-# in the order of their place in a text; the second place is the opening sentence's
+# in the order of their place in a text; what a text is about stands after the greeting
 DEMANDS = (
     Demand("It greets the reader.", "greets", "Hello {name}.", r"\bHello\b"),
     Demand("It says when.", "when", "We saw it today.", r"\btoday\b"),
@@ -40,7 +39,7 @@ DEMANDS = (
     Demand("It wishes luck.", "wishes", "Good luck {name}.", r"\bluck\b"),
     Demand("It thanks the reader.", "thanks", "Thanks for reading.", r"\bThanks\b"),
 )
-OPENING, OPENING_PLACE = "The {noun} is {quality}.", 1
+SUBJECT = "The {noun} is {quality}."
 # what each kind of text asks for
 ASKED = {"note": ("when", "why"), "letter": ("greets", "why", "thanks"), "question": ("greets", "asks"),
          "card": ("when", "wishes", "thanks")}
@@ -69,7 +68,7 @@ SKILLS = {kind: partial(_task, kind=kind) for kind in ASKED}
 
 def _compose(values: dict[str, str], demands: Sequence[Demand]) -> str:
     parts = [demand.text.format(**values) for demand in DEMANDS if demand in demands]
-    parts.insert(min(OPENING_PLACE, len(parts)) if DEMANDS[0] in demands else 0, OPENING.format(**values))
+    parts.insert(int(DEMANDS[0] in demands), SUBJECT.format(**values))
     return " ".join(parts)
 
 
@@ -82,8 +81,8 @@ def _demands(problem: Problem) -> list[Demand]:
 
 
 def measurable(problem: Problem) -> bool:
-    """Whether a program can say which principles a text meets."""
-    return problem.check.kind == "principles" and set(problem.check.principles) <= _BY_PRINCIPLE.keys()
+    """Whether the problem comes from this generator, so that a program can draft texts and say what they meet."""
+    return problem.source == "generated:writing"
 
 
 def measure(problem: Problem, text: str) -> list[bool]:

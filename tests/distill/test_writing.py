@@ -1,3 +1,4 @@
+import dataclasses
 from random import Random
 
 import pytest
@@ -40,6 +41,12 @@ def test_the_measure_reads_whole_words_in_any_case():
     assert writing.measure(problem, "hello Ann. How are you?") == [True, True]
     assert writing.measure(problem, "Othello asks.") == [False, False]
     assert writing.measure(problem, "") == [False, False]
+
+
+def test_a_problem_from_elsewhere_is_not_measurable_whatever_its_principles_say():
+    ours = notes(1)[0]
+    assert writing.measurable(ours)
+    assert not writing.measurable(dataclasses.replace(ours, source="jsonl:letters"))
 
 
 def test_a_principle_no_program_can_measure_is_refused():
