@@ -8,9 +8,7 @@ import random
 from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
 from workflows.expert import run_grpo
-from workflows.inference import open_model
-
-JUDGEMENT_TOKENS = 256
+from workflows.inference import JUDGEMENT_TOKENS, open_model
 
 
 def sft(context: StageContext) -> StageResult:
@@ -45,7 +43,7 @@ def preference(context: StageContext) -> StageResult:
                        sampling={"temperature": config.temperature, "max_tokens": config.max_tokens},
                        shard_prompts=512, seed=context.seed, progress=context.progress)
     pairs, lost = pairs_of(problems, samples)
-    judge = model.judge(votes=1, max_tokens=JUDGEMENT_TOKENS, seed=context.seed, temperature=config.temperature)
+    judge = model.judge(context.seed, temperature=config.temperature)
     context.progress.start(len(pairs), "pairs")
     # a random subset is held out before anything is known of the judgements
     heldout = set(random.Random(context.seed).sample(range(len(pairs)), min(config.heldout_pairs, len(pairs) // 2)))
@@ -93,7 +91,7 @@ def reward_model(context: StageContext) -> StageResult:
                         work=context.work, seed=context.seed, dtype=context.config["model"].dtype,
                         progress=context.progress)
     model = open_model(context.out / "checkpoint", context.config["model"], context.config["engine"], context.seed)
-    judge = model.judge(votes=1, max_tokens=JUDGEMENT_TOKENS, seed=context.seed, temperature=0.0)
+    judge = model.judge(context.seed)
     calibration = calibrate(judge, *labelled([pair for pair in pairs if pair["split"] == "heldout"], problems))
     (context.out / "calibration.json").write_text(json.dumps(calibration, indent=2))
     return StageResult(counts={"judgements": len(rows), **packed.counts, "heldout_pairs": calibration["n"]},
@@ -114,6 +112,6 @@ def rl(context: StageContext) -> StageResult:
                              "rewarded noise. Train it longer or on more pairs, or lower the bound")
         model = open_model(folder / "checkpoint", context.config["model"], context.config["engine"], context.seed,
                            role="judge")
-        judge = model.judge(votes=config.votes, max_tokens=min(config.max_tokens, JUDGEMENT_TOKENS), seed=context.seed,
+        judge = model.judge(context.seed, votes=config.votes, max_tokens=min(config.max_tokens, JUDGEMENT_TOKENS),
                             temperature=0.0 if config.votes == 1 else 1.0)
     return run_grpo(context, context.inputs["sft"] / "checkpoint", load_problems(context, "rl"), judge)

@@ -87,7 +87,7 @@ def verify(context: StageContext) -> StageResult:
         if domain in judged:
             expert = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
                                 context.config["engine"], context.seed)
-            judge = expert.judge(votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
+            judge = expert.judge(context.seed)
         with open_verifier(judge, [by_id[s.problem_id] for s in samples]) as verifier:
             verified += with_verdicts(samples, by_id, verifier.verify_batch, 256, context.progress)
     write_table(context.out / "samples.parquet", verified, Sample)

@@ -49,7 +49,7 @@ def evaluate(context: StageContext) -> StageResult:
     if any(_measure(problem, "") is None for name in judged for problem in problems[name]):
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed)
-        judge = model.judge(votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
+        judge = model.judge(context.seed)
     for label, (_, own) in models.items():
         for name in judged & set(own):
             rows, base = answers[label][name], answers["base"][name]

@@ -134,8 +134,8 @@ def expert_rl(context: StageContext, domain: str) -> StageResult:
     start, problems = context.inputs[f"expert-{domain}-sft"] / "checkpoint", load_problems(context, "rl", domain)
     judge = None
     if any(problem.check.kind == "principles" for problem in problems):
-        judge = open_model(start, context.config["model"], context.config["engine"], context.seed, role="judge").judge(
-            votes=1, max_tokens=256, seed=context.seed, temperature=0.0)
+        judge = open_model(start, context.config["model"], context.config["engine"], context.seed,
+                           role="judge").judge(context.seed)
     return run_grpo(context, start, problems, judge)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rl.engine import RolloutEngine
     from rl.trainer import Scorer
 
+JUDGEMENT_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class OpenModel:
@@ -47,7 +49,8 @@ class OpenModel:
 
         return sample
 
-    def judge(self, votes: int, max_tokens: int, seed: int, temperature: float) -> Judge:
+    def judge(self, seed: int, *, votes: int = 1, max_tokens: int = JUDGEMENT_TOKENS,
+              temperature: float = 0.0) -> Judge:
         from rewards.judge import Judge
         from rl.engine import Sampling, chat_generator
 
