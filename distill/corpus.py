@@ -58,9 +58,9 @@ def _chat(messages: Iterable[Message], completion: str) -> Document:
 
 
 def _answer(problem: Problem, rng: Random) -> str | None:
-    """The answer to show: for measurable notes a draft of any quality, so that there is something left to learn."""
+    """The answer to show: where a program can draft one, a poor one, so that there is something left to learn."""
     if writing.measurable(problem):
-        return writing.draft(problem, rng, rng.choice(DRAFT_QUALITIES))
+        return writing.draft(problem, rng, rng.choice(DRAFT_QUALITIES[:2]))
     return problem.answer
 
 

@@ -172,8 +172,9 @@ class GrpoConfig(Section):
 
 
 class ExpertConfig(Section):
-    plain_thinking: Fraction01 = Field(0.3, description="share of problems whose plain prompt is answered with the "
-                                       "chain, so that RL has both patterns to choose from (section 5.1)")
+    plain_thinking: dict[str, Fraction01] = Field(
+        default_factory=dict, description="per domain, the share of worked solutions whose plain prompt is answered "
+        "with the chain, so that RL has both patterns to choose from (section 5.1); 0.3 where none is given")
     sft: TrainConfig = TrainConfig()
     rl: GrpoConfig = GrpoConfig()
 
@@ -266,9 +267,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        unknown = set(self.curate.quotas) - set(self.domains)
-        if unknown:
-            raise ValueError(f"curate.quotas names {sorted(unknown)}, not among the domains {sorted(self.domains)}")
+        for path, shares in (("curate.quotas", self.curate.quotas),
+                             ("expert.plain_thinking", self.expert.plain_thinking)):
+            if unknown := set(shares) - set(self.domains):
+                raise ValueError(f"{path} names {sorted(unknown)}, not among the domains {sorted(self.domains)}")
         for path, length in (("expert.rl.max_completion_length", self.expert.rl.max_completion_length),
                              ("rl.max_completion_length", self.rl.max_completion_length),
                              ("generate.max_tokens", self.generate.max_tokens),

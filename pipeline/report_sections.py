@@ -84,6 +84,12 @@ def evaluation_section(run: RunView) -> str:
                          "" if measured is None else percent(measured)])
     notes = ["Held-out problems, the same for every model. Whiskers and intervals are 95% Wilson intervals of one "
              "training run: they hold the luck of the problems, not that of another seed."]
+    reflective = {domain: share for domain in run.domains
+                  if (share := run.metrics("evaluate").get(f"base/{domain}/reflective")) is not None}
+    if reflective:
+        notes.append("Experts are asked with the reflective prompt they are trained with, all others plainly. With "
+                     "that prompt the base model is right in " +
+                     ", ".join(f"{percent(share)} of {domain}" for domain, share in reflective.items()) + ".")
     if run.judged:
         notes.append(f"{', '.join(sorted(run.judged))}: wins against the base model's answer, a tie counts half. "
                      "A program decides where it can measure the principles (“principles met”; never a reward), the "

@@ -8,7 +8,7 @@ import random
 from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
 from workflows.expert import run_grpo
-from workflows.inference import JUDGEMENT_TOKENS, open_model
+from workflows.inference import open_model
 
 
 def sft(context: StageContext) -> StageResult:
@@ -112,6 +112,6 @@ def rl(context: StageContext) -> StageResult:
                              "rewarded noise. Train it longer or on more pairs, or lower the bound")
         model = open_model(folder / "checkpoint", context.config["model"], context.config["engine"], context.seed,
                            role="judge")
-        judge = model.judge(context.seed, votes=config.votes, max_tokens=min(config.max_tokens, JUDGEMENT_TOKENS),
+        judge = model.judge(context.seed, votes=config.votes, max_tokens=config.max_tokens,
                             temperature=0.0 if config.votes == 1 else 1.0)
     return run_grpo(context, context.inputs["sft"] / "checkpoint", load_problems(context, "rl"), judge)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 from pipeline.records import Sample, write_table
 from pipeline.stage import StageContext, StageResult
 from workflows.data import load_problems
 from workflows.inference import open_model, open_verifier
 
+REFLECTIVE = "base, reflective prompt"
+
 
 def evaluate(context: StageContext) -> StageResult:
-    """`evaluation.json`: {"models": {name: {domain: row}}} for base, each expert in its domain, SFT and RL."""
+    """`evaluation.json`: {"models": {name: {domain: row}}} for base, each expert in its domain, SFT and RL.
+
+    Problems stand alone, only experts get the reflective prompt they are trained with; the metrics tell what the base
+    model makes of that prompt.
+    """
     from evaluation.benchmark import ALL, accuracy, pooled, win_rate
 
     config, domains = context.config["evaluation"], context.config["domains"]
@@ -21,25 +28,27 @@ def evaluate(context: StageContext) -> StageResult:
     judged = {name for name, rows in problems.items() if rows and rows[0].check.kind == "principles"}
     problems = {name: rows[:config.judged_problems if name in judged else config.problems]
                 for name, rows in problems.items() if rows}
-    models = {"base": ("base", list(problems)),
-              **{f"expert-{name}": (f"expert-{name}-rl", [name]) for name in problems},
-              "sft": ("sft", list(problems)), "rl": ("rl", list(problems))}
+    models = {"base": ("base", list(problems), "original"),
+              REFLECTIVE: ("base", [name for name in problems if name not in judged], "reasoning"),
+              **{f"expert-{name}": (f"expert-{name}-rl", [name], "reasoning") for name in problems},
+              "sft": ("sft", list(problems), "original"), "rl": ("rl", list(problems), "original")}
     answers: dict[str, dict[str, list[Sample]]] = {}
     result: dict[str, dict[str, dict]] = {}
     kept: list[Sample] = []
     with open_verifier(None, [p for name, rows in problems.items() if name not in judged for p in rows]) as verifier:
-        for label, (stage, own) in models.items():
+        for label, (stage, own, form) in models.items():
             model = open_model(context.inputs[stage] / "checkpoint", context.config["model"],
                                context.config["engine"], context.seed)
             answers[label], result[label] = {}, {}
             for name in own:
-                greedy = _answers(context, model, problems[name], 1, 0.0, label)
+                ask = partial(_answers, context, model, label=label, form=form)
+                greedy = ask(problems[name], samples=1, temperature=0.0)
                 if name in judged:
                     answers[label][name] = greedy
                     kept += greedy
                     continue
-                sampled = _answers(context, model, problems[name][:config.k_problems], config.k, config.temperature,
-                                   label)
+                several = problems[name][:0 if label == REFLECTIVE else config.k_problems]
+                sampled = ask(several, samples=config.k, temperature=config.temperature)
                 greedy, sampled = (_verified(verifier, rows, problems[name]) for rows in (greedy, sampled))
                 result[label][name] = accuracy(greedy, sampled, config.k)
                 answers[label][name] = greedy
@@ -50,28 +59,31 @@ def evaluate(context: StageContext) -> StageResult:
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed)
         judge = model.judge(context.seed)
-    for label, (_, own) in models.items():
+    for label, (_, own, _) in models.items():
         for name in judged & set(own):
             rows, base = answers[label][name], answers["base"][name]
             result[label][name] = win_rate(judge, _measure, problems[name], [s.completion for s in rows],
                                            [s.completion for s in base])
             context.progress.note(f"{label} on {name}: wins {_percent(result[label][name]['accuracy'])} against base")
+    reflective = {f"base/{name}/reflective": row["accuracy"] for name, row in result.pop(REFLECTIVE).items()}
     for label in ("base", "sft", "rl"):
         result[label][ALL] = pooled({name: found for name, found in result[label].items() if name not in judged})
     (context.out / "evaluation.json").write_text(json.dumps({"models": result}, indent=2))
     write_table(context.out / "samples.parquet", kept, Sample)
     metrics = {f"{label}/{name}": found["accuracy"] for label, rows in result.items() for name, found in rows.items()}
     metrics |= {f"{label}/{name}/measured": share for label, rows in answers.items() for name in judged & set(rows)
-                if (share := _measured(problems[name], rows[name])) is not None}
+                if (share := _measured(problems[name], rows[name])) is not None} | reflective
     return StageResult(counts={"problems": {name: len(rows) for name, rows in problems.items()}, "samples": len(kept)},
                        metrics=metrics, key_metric=f"rl/{ALL}")
 
 
-def _answers(context: StageContext, model, problems, samples: int, temperature: float, label: str) -> list[Sample]:
+def _answers(context: StageContext, model, problems, samples: int, temperature: float, label: str,
+             form: str) -> list[Sample]:
     from distill.generation import Order, generate
+    from distill.prompts import prompt_messages
 
     config = context.config["evaluation"]
-    rows = generate([Order(problem, "original", problem.messages, samples) for problem in problems],
+    rows = generate([Order(problem, form, prompt_messages(problem, form), samples) for problem in problems],
                     sampler=model.sampler(temperature, config.max_tokens), encode=model.encode, decode=model.decode,
                     sampling={"temperature": temperature, "max_tokens": config.max_tokens}, checkpoint=model.digest,
                     log_path=context.work / "requests.jsonl", shard_prompts=512, seed=context.seed,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rl.engine import RolloutEngine
     from rl.trainer import Scorer
 
-JUDGEMENT_TOKENS = 256
+JUDGEMENT_TOKENS = 8192  # the engine stops earlier where the context ends
 
 
 @dataclass(frozen=True)

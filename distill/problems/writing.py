@@ -36,13 +36,11 @@ DEMANDS = (
     Demand("It says when.", "when", "We saw it today.", r"\btoday\b"),
     Demand("It says why.", "why", "I like it because it is {quality}.", r"\bbecause\b"),
     Demand("It asks a question.", "asks", "Do you like the {noun}?", r"\?"),
-    Demand("It wishes luck.", "wishes", "Good luck {name}.", r"\bluck\b"),
     Demand("It thanks the reader.", "thanks", "Thanks for reading.", r"\bThanks\b"),
 )
 SUBJECT = "The {noun} is {quality}."
 # what each kind of text asks for
-ASKED = {"note": ("when", "why"), "letter": ("greets", "why", "thanks"), "question": ("greets", "asks"),
-         "card": ("when", "wishes", "thanks")}
+ASKED = {"note": ("when", "why"), "letter": ("greets", "why", "thanks"), "question": ("greets", "asks")}
 PROMPT = "Write a {kind} to {name} about the {quality} {noun}."
 _PROMPT = re.compile(r"Write a (?P<kind>\w+) to (?P<name>\w+) about the (?P<quality>\w+) (?P<noun>\w+)\.")
 _BY_PRINCIPLE = {demand.principle: demand for demand in DEMANDS}
@@ -105,9 +103,9 @@ def critique(problem: Problem, text: str) -> str:
 def draft(problem: Problem, rng: Random, quality: float) -> str:
     """A text that meets round(quality x principles) of the principles, chosen at random, and fails the others.
 
-    It may hold parts that nobody asked for.
+    The parts that nobody asked for are in it as often, so that a text does not tell what was asked for.
     """
     asked = _demands(problem)
     met = rng.sample(asked, round(quality * len(asked)))
-    unasked = [demand for demand in DEMANDS if demand not in asked and rng.random() < 0.3]
+    unasked = [demand for demand in DEMANDS if demand not in asked and rng.random() < quality]
     return _compose(_PROMPT.match(problem.messages[-1]["content"]).groupdict(), [*met, *unasked])

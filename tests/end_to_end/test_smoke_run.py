@@ -128,6 +128,8 @@ def test_evaluation_has_every_model_with_intervals(smoke_run):
                 assert row["pass_at_k"] is not None
             assert 0 <= low <= high <= 1
             assert row["accuracy"] is None if row["n"] == 0 else low <= row["accuracy"] <= high
+    metrics = manifest(smoke_run, "evaluate")["metrics"]
+    assert all(0 <= metrics[f"base/{name}/reflective"] <= 1 for name in DOMAINS - JUDGED)
 
 
 class Loads(HTMLParser):

@@ -188,8 +188,8 @@ class MadeUp:
             models[label]["all"] = {**row(share), "n": 180, "ci95": wilson(share, 180)}
         models |= {f"expert-{domain}": {domain: row(0.6)} for domain in self.domains}
         (out / "evaluation.json").write_text(json.dumps({"models": models}))
-        return StageResult({"samples": 600}, {"rl/all": 0.65, "sft/writing/measured": 0.71,
-                                              "expert-writing/writing/measured": 0.74}, "rl/all")
+        return StageResult({"samples": 600}, {"rl/all": 0.65, "base/math/reflective": 0.31,
+                                              "sft/writing/measured": 0.71, "expert-writing/writing/measured": 0.74}, "rl/all")
 
 
 def make_run(root, domains=("math", "writing"), until=None):
@@ -260,6 +260,10 @@ def test_the_report_says_what_was_reached_in_one_sentence(page):
     assert "On 180 held-out problems a rule can check, accuracy is 7.0% [" in page.text
     assert "for the base model" in page.text and "65.0%" in page.text
     assert "Not there yet" not in page.text
+
+
+def test_the_report_says_what_the_base_makes_of_the_experts_prompt(page):
+    assert "With that prompt the base model is right in 31.0% of math." in page.text
 
 
 @pytest.mark.parametrize("after, told_apart", [(0.58, False), (0.9, True)])
