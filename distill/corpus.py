@@ -20,7 +20,7 @@ Document = dict[str, object]  # {"messages": [...]} or {"text": ...}
 # Shares of the documents made from one problem, by how it is checked.
 MIX = {
     "rule": {"text": 0.10, "chat_answer": 0.30, "chat_reasoning": 0.60},
-    "principles": {"text": 0.10, "chat_answer": 0.20, "chat_reasoning": 0.15, "pointwise": 0.25, "pairwise": 0.30},
+    "principles": {"text": 0.05, "chat_answer": 0.20, "chat_reasoning": 0.15, "pointwise": 0.35, "pairwise": 0.25},
 }
 DRILLS_PER_PROBLEM = 0.5
 COPY_SHARE = 0.4  # of the drills

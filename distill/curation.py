@@ -17,6 +17,7 @@ from distill.rejection import Funnel, Rejected, count_funnel, stop_when_empty
 from distill.shingles import Shingler, jaccard
 from pipeline.recipe import CurateConfig
 from pipeline.records import Message, Problem, Sample, content_id
+from rewards.extract import split_thinking
 
 CONTAMINATED_WORDS = 13
 TEMPLATE_PROMPTS = 10  # an n-gram in more held-out prompts than this belongs to the template, not to the task
@@ -29,9 +30,9 @@ def curate(samples: Iterable[Sample], problems: Iterable[Problem], config: Curat
            seed: int) -> tuple[list[Sample], Rejected, Funnel]:
     """At most `config.total` samples in a seeded order, the others each with a reason, and the funnel per domain.
 
-    Reasons: duplicate, near_duplicate, heldout_prompt, heldout_overlap, quota. `problems` must hold the held-out
-    ones. A domain gets its share of `total`; one that has fewer gives all it has, the others do not grow in its
-    place, and the funnel's "quota" entry says wanted and got. Raises StageError with the funnel when a domain
+    Reasons: duplicate, near_duplicate, heldout_prompt, heldout_overlap, plain_thinking, quota. `problems` must hold
+    the held-out ones. A domain gets its share of `total`; one that has fewer gives all it has, the others do not grow
+    in its place, and the funnel's "quota" entry says wanted and got. Raises StageError with the funnel when a domain
     ends empty.
     """
     samples = sorted(samples, key=lambda sample: sample.id)
@@ -144,6 +145,9 @@ def _mixed(samples: list[Sample], domains: list[str], config: CurateConfig,
         for rows in forms.values():
             rng.shuffle(rows)
         original, reasoning = forms["original"], forms["reasoning"]
+        if domain in config.plain_thinking:
+            original, surplus = _limit_thinking(original, config.plain_thinking[domain])
+            dropped += [(sample, "plain_thinking") for sample in surplus]
         wanted = int(config.total * shares.get(domain, 0.0) + 1e-9)  # rounded down: never above total
         thinking = min(len(reasoning), round(wanted * config.reasoning_share))
         plain = min(len(original), wanted - thinking)
@@ -153,3 +157,14 @@ def _mixed(samples: list[Sample], domains: list[str], config: CurateConfig,
         quota[domain] = {"wanted": wanted, "got": thinking + plain, "reasoning": thinking}
     Random(seed).shuffle(kept)
     return kept, dropped, quota
+
+
+def _limit_thinking(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """Samples of which at most `share` think, and those that were too many."""
+    thinks = [bool(split_thinking(sample.completion).thought) for sample in samples]
+    room = round(thinks.count(False) * share / (1 - share))
+    kept, surplus = [], []
+    for sample, thought in zip(samples, thinks, strict=True):
+        (surplus if thought and room <= 0 else kept).append(sample)
+        room -= thought
+    return kept, surplus

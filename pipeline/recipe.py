@@ -172,9 +172,8 @@ class GrpoConfig(Section):
 
 
 class ExpertConfig(Section):
-    plain_thinking: dict[str, Fraction01] = Field(
-        default_factory=dict, description="per domain, the share of worked solutions whose plain prompt is answered "
-        "with the chain, so that RL has both patterns to choose from (section 5.1); 0.3 where none is given")
+    plain_thinking: Fraction01 = Field(0.3, description="share of problems whose plain prompt is answered with the "
+                                       "chain, so that RL has both patterns to choose from (section 5.1)")
     sft: TrainConfig = TrainConfig()
     rl: GrpoConfig = GrpoConfig()
 
@@ -200,6 +199,9 @@ class CurateConfig(Section):
     total: PositiveInt = 1_500_000
     quotas: dict[str, Fraction01] = Field(default_factory=dict, description="share per domain; even by default")
     reasoning_share: Fraction01 = Field(0.5, description="wanted share of the reasoning form")
+    plain_thinking: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict, description="per domain, the most of its plainly asked samples that may think, so that "
+        "RL has both patterns to choose from; no limit where none is given")
 
     @model_validator(mode="after")
     def _consistent(self) -> CurateConfig:
@@ -268,7 +270,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for path, shares in (("curate.quotas", self.curate.quotas),
-                             ("expert.plain_thinking", self.expert.plain_thinking)):
+                             ("curate.plain_thinking", self.curate.plain_thinking)):
             if unknown := set(shares) - set(self.domains):
                 raise ValueError(f"{path} names {sorted(unknown)}, not among the domains {sorted(self.domains)}")
         for path, length in (("expert.rl.max_completion_length", self.expert.rl.max_completion_length),

@@ -19,7 +19,6 @@ from workflows import alignment, data, ending, expert
 
 TRAINED = ("policy", "sft", "workflows", "pipeline.recipe")
 REINFORCED = ("policy", "rl", "rewards", "distill.prompts", "workflows", "pipeline.recipe")
-PLAIN_THINKING = 0.3  # of a domain that `expert.plain_thinking` does not name
 
 
 def build(recipe: Recipe) -> list[Stage]:
@@ -39,8 +38,7 @@ def build(recipe: Recipe) -> list[Stage]:
         sft, rl, generate = f"expert-{name}-sft", f"expert-{name}-rl", f"generate-{name}"
         stages += [
             Stage(sft, partial(expert.expert_sft, domain=name),
-                  {"model": recipe.model, "sft": recipe.expert.sft,
-                   "plain_thinking": recipe.expert.plain_thinking.get(name, PLAIN_THINKING)},
+                  {"model": recipe.model, "sft": recipe.expert.sft, "plain_thinking": recipe.expert.plain_thinking},
                   ("problems", "base"), modules=(*TRAINED, "distill"),
                   title=f"Train the {name} expert on worked solutions"),
             Stage(rl, partial(expert.expert_rl, domain=name), {**shared, "rl": recipe.expert.rl}, ("problems", sft),

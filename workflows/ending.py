@@ -36,9 +36,12 @@ def evaluate(context: StageContext) -> StageResult:
     result: dict[str, dict[str, dict]] = {}
     kept: list[Sample] = []
     with open_verifier(None, [p for name, rows in problems.items() if name not in judged for p in rows]) as verifier:
+        opened = None
         for label, (stage, own, form) in models.items():
-            model = open_model(context.inputs[stage] / "checkpoint", context.config["model"],
-                               context.config["engine"], context.seed)
+            if stage != opened:
+                model = open_model(context.inputs[stage] / "checkpoint", context.config["model"],
+                                   context.config["engine"], context.seed)
+                opened = stage
             answers[label], result[label] = {}, {}
             for name in own:
                 ask = partial(_answers, context, model, label=label, form=form)

@@ -56,6 +56,16 @@ def test_quotas_are_even_by_default_and_a_short_domain_gives_what_it_has():
     assert funnel["math"]["lost"] == {"quota": 20}
 
 
+def test_plainly_asked_samples_think_at_most_in_the_share_that_is_given():
+    problems = pool("math", 60)
+    rows = [sample(p, completion=worked_completion(p, "reasoning" if i % 2 else "original"))
+            for i, p in enumerate(problems)]
+    kept, dropped, funnel = curate(rows, problems, CurateConfig(total=1000, plain_thinking={"math": 0.25}), seed=0)
+    thinks = sum("<think>" in s.completion for s in kept)
+    direct = len(kept) - thinks
+    assert thinks == round(direct / 3) and funnel["math"]["lost"]["plain_thinking"] == 30 - thinks and balanced(funnel)
+
+
 def test_the_mix_depends_on_the_seed_and_not_on_the_order_of_samples():
     problems = pool("math", 60)
     samples, config = both_forms(problems), CurateConfig(total=30)

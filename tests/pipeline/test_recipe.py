@@ -40,10 +40,10 @@ def test_a_union_is_named_by_the_path_of_the_yaml(write):
         load_recipe(write(), ["model.source.hidden_size=wide"])
 
 
-@pytest.mark.parametrize("shares", ["curate.quotas", "expert.plain_thinking"])
-def test_a_share_of_an_unknown_domain_is_named(write, shares):
-    with pytest.raises(RecipeError, match=rf"{shares} names \['chess'\], not among the domains"):
-        load_recipe(write(), [f"{shares}={{chess: 1.0}}"])
+@pytest.mark.parametrize("path, share", [("curate.quotas", 1), ("curate.plain_thinking", 0.5)])
+def test_a_share_of_an_unknown_domain_is_named(write, path, share):
+    with pytest.raises(RecipeError, match=rf"{path} names \['chess'\], not among the domains"):
+        load_recipe(write(), [f"{path}={{chess: {share}}}"])
 
 
 def test_every_error_is_listed_at_once(write):

@@ -189,7 +189,8 @@ class MadeUp:
         models |= {f"expert-{domain}": {domain: row(0.6)} for domain in self.domains}
         (out / "evaluation.json").write_text(json.dumps({"models": models}))
         return StageResult({"samples": 600}, {"rl/all": 0.65, "base/math/reflective": 0.31,
-                                              "sft/writing/measured": 0.71, "expert-writing/writing/measured": 0.74}, "rl/all")
+                                              "sft/writing/measured": 0.71,
+                                              "expert-writing/writing/measured": 0.74}, "rl/all")
 
 
 def make_run(root, domains=("math", "writing"), until=None):
