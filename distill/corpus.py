@@ -23,7 +23,7 @@ MIX = {
     "principles": {"text": 0.05, "chat_answer": 0.20, "chat_reasoning": 0.15, "pointwise": 0.35, "pairwise": 0.25},
 }
 DRILLS_PER_PROBLEM = 0.5
-COPY_SHARE = 0.4  # of the drills
+COPY_SHARE = 0.2  # of the drills
 SUMS_PER_DRILL = 12
 COPY_LENGTHS = (6, 16)
 COPIED = (*NAMES, *writing.NOUNS, *logic.COLORS, *map(str, range(math.LARGEST + 1)))
