@@ -133,6 +133,7 @@ def _mixed(samples: list[Sample], domains: list[str], config: CurateConfig,
            seed: int) -> tuple[list[Sample], Rejected, dict[str, dict[str, int]]]:
     """A seeded draw of each domain's share of `total` with the wanted share of the reasoning form.
 
+    The original form thinks at most as `config.plain_thinking` allows; without direct answers none of it is kept.
     Where one form has too few the other fills the domain's quota.
     """
     shares = config.quotas or dict.fromkeys(domains, 1 / max(1, len(domains)))

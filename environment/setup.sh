@@ -82,16 +82,12 @@ rm -f "$stamp"
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     # the lock leaves out the CUDA libraries, without which the CUDA build does not load even on a CPU
     torch=$(grep '^torch==' "$lock")
-    say "the package index has the CUDA build of torch: installing the libraries it loads (about 3 GB)"
+    say "torch does not load, as its CUDA build without its libraries: installing what it requires (about 3 GB)"
     .venv/bin/python -m pip install --disable-pip-version-check --no-input --prefer-binary --quiet "$torch" \
         || fail "pip could not install what $torch needs; the line above says which package"
 fi
 build=$(.venv/bin/python -c 'import torch; print(torch.__version__, "CUDA " + torch.version.cuda if torch.version.cuda else "CPU")')
 say "torch $build"
-case "$build" in
-    *CUDA*)
-        say "the CUDA build runs on a CPU too; to use a GPU install the 'gpu' extra instead"
-        ;;
-esac
+[[ $build != *CUDA* ]] || say "the CUDA build runs on a CPU too; to use a GPU install the 'gpu' extra instead"
 echo "$want" > "$stamp"
 say "done: .venv/bin/posttrain --help"

@@ -66,7 +66,6 @@ class StageWorker:
                     progress.close()
                     _release_memory()
 
-
     def resident(self) -> int:
         """Bytes of memory that this process holds between stages."""
         return psutil.Process().memory_info().rss
