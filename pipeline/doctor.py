@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-DISK_GIB = 10
+DISK_GIB = 2
 MEMORY_GIB = 8
 LIBRARIES = ("torch", "transformers", "trl", "ray", "vllm")
 SUBPROCESS_SECONDS = 180

@@ -12,8 +12,6 @@ from pipeline.stage import StageContext, StageResult
 from workflows.data import load_problems
 from workflows.inference import open_model, open_verifier
 
-REFLECTIVE = "base, reflective prompt"
-
 
 def evaluate(context: StageContext) -> StageResult:
     """`evaluation.json`: {"models": {name: {domain: row}}} for base, each expert in its domain, SFT and RL.
@@ -29,34 +27,35 @@ def evaluate(context: StageContext) -> StageResult:
     problems = {name: rows[:config.judged_problems if name in judged else config.problems]
                 for name, rows in problems.items() if rows}
     models = {"base": ("base", list(problems), "original"),
-              REFLECTIVE: ("base", [name for name in problems if name not in judged], "reasoning"),
               **{f"expert-{name}": (f"expert-{name}-rl", [name], "reasoning") for name in problems},
               "sft": ("sft", list(problems), "original"), "rl": ("rl", list(problems), "original")}
-    answers: dict[str, dict[str, list[Sample]]] = {}
-    result: dict[str, dict[str, dict]] = {}
+    answers: dict[str, dict[str, list[Sample]]] = {label: {} for label in models}
+    result: dict[str, dict[str, dict]] = {label: {} for label in models}
     kept: list[Sample] = []
+    reflective: dict[str, float | None] = {}
     with open_verifier(None, [p for name, rows in problems.items() if name not in judged for p in rows]) as verifier:
-        opened = None
         for label, (stage, own, form) in models.items():
-            if stage != opened:
-                model = open_model(context.inputs[stage] / "checkpoint", context.config["model"],
-                                   context.config["engine"], context.seed)
-                opened = stage
-            answers[label], result[label] = {}, {}
+            model = open_model(context.inputs[stage] / "checkpoint", context.config["model"], context.config["engine"],
+                               context.seed)
+            ask = partial(_answers, context, model, label=label)
             for name in own:
-                ask = partial(_answers, context, model, label=label, form=form)
-                greedy = ask(problems[name], samples=1, temperature=0.0)
+                greedy = ask(problems[name], form, samples=1, temperature=0.0)
                 if name in judged:
                     answers[label][name] = greedy
                     kept += greedy
                     continue
-                several = problems[name][:0 if label == REFLECTIVE else config.k_problems]
-                sampled = ask(several, samples=config.k, temperature=config.temperature)
+                sampled = ask(problems[name][:config.k_problems], form, samples=config.k,
+                              temperature=config.temperature)
                 greedy, sampled = (_verified(verifier, rows, problems[name]) for rows in (greedy, sampled))
                 result[label][name] = accuracy(greedy, sampled, config.k)
                 answers[label][name] = greedy
                 kept += greedy + sampled
                 context.progress.note(f"{label} on {name}: {_percent(result[label][name]['accuracy'])}")
+                if label == "base":
+                    thought = _verified(verifier, ask(problems[name], "reasoning", samples=1, temperature=0.0),
+                                        problems[name])
+                    reflective[f"base/{name}/reflective"] = accuracy(thought, [], config.k)["accuracy"]
+                    kept += thought
     judge = None
     if any(_measure(problem, "") is None for name in judged for problem in problems[name]):
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
@@ -68,7 +67,6 @@ def evaluate(context: StageContext) -> StageResult:
             result[label][name] = win_rate(judge, _measure, problems[name], [s.completion for s in rows],
                                            [s.completion for s in base])
             context.progress.note(f"{label} on {name}: wins {_percent(result[label][name]['accuracy'])} against base")
-    reflective = {f"base/{name}/reflective": row["accuracy"] for name, row in result.pop(REFLECTIVE).items()}
     for label in ("base", "sft", "rl"):
         result[label][ALL] = pooled({name: found for name, found in result[label].items() if name not in judged})
     (context.out / "evaluation.json").write_text(json.dumps({"models": result}, indent=2))
@@ -80,8 +78,8 @@ def evaluate(context: StageContext) -> StageResult:
                        metrics=metrics, key_metric=f"rl/{ALL}")
 
 
-def _answers(context: StageContext, model, problems, samples: int, temperature: float, label: str,
-             form: str) -> list[Sample]:
+def _answers(context: StageContext, model, problems, form: str, samples: int, temperature: float,
+             label: str) -> list[Sample]:
     from distill.generation import Order, generate
     from distill.prompts import prompt_messages
 

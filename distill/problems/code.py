@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from distill.problems.drawing import Task, draw, told_in_order
+from distill.problems.drawing import Task, draw, order_words, told_in_order
 from pipeline.records import Check, Problem
 
 TESTS = 5
@@ -76,12 +76,12 @@ def _steps(rng: Random, count: int, kinds: Sequence[str] = (*ARITHMETIC, "square
     return steps
 
 
-def _fold(steps: list[Step], words: list[str]) -> tuple[Expression, list[str]]:
-    """The expression of all steps on x, and a line `words: expression so far` for each."""
+def _fold(steps: list[Step]) -> tuple[Expression, list[str]]:
+    """The expression of all steps on x, and a line `when: expression so far` for each."""
     expression, lines = Expression("x", ATOM), []
-    for step, said in zip(steps, words, strict=True):
+    for when, step in zip(order_words(len(steps)), steps, strict=True):
         expression = step.write(expression)
-        lines.append(f"{said}: {expression.text}")
+        lines.append(f"{when}: {expression.text}")
     return expression, lines
 
 
@@ -110,10 +110,10 @@ def c_int(rng: Random) -> Task:
 
 
 def _integer_task(steps: list[Step], rng: Random, what: str, code: str, language: str) -> Task:
-    words = [step.words for step in steps]
-    expression, lines = _fold(steps, words)
+    expression, lines = _fold(steps)
     cases = [(x, _run(steps, x)) for x in _inputs(rng, (0, -1))]
-    return _task(f"Write {what}: {told_in_order(words)}.", lines, code.format(expression.text), cases, language)
+    told = told_in_order([step.words for step in steps])
+    return _task(f"Write {what}: {told}.", lines, code.format(expression.text), cases, language)
 
 
 def python_branch(rng: Random) -> Task:
@@ -156,7 +156,7 @@ def python_list(rng: Random) -> Task:
     what, test = what.format(k=k), test.format(k=k)
     returned, (call, reduce) = rng.choice(list(REDUCERS.items()))
     steps = _steps(rng, 2)
-    expression, lines = _fold(steps, [step.words for step in steps])
+    expression, lines = _fold(steps)
     near = [k - 1, k, k + 1, -2, 3]
     # a lone number that the filter takes out shows at once when an answer forgot the filter
     alone = next(x for x in range(k - 3, k + 4) if not keeps(x, k) and _run(steps, x))

@@ -24,9 +24,14 @@ class Task:
     answer: str
 
 
+def order_words(count: int) -> tuple[str, ...]:
+    """A word of its own for each of two to four moves to be found by: first, then, next, last."""
+    return (*ORDER[:count - 1], "last")
+
+
 def told_in_order(moves: Sequence[str]) -> str:
-    """Two to four moves as `first A, then B, next C, last D`: each has a word of its own to be found by."""
-    return ", ".join(f"{when} {move}" for when, move in zip((*ORDER[:len(moves) - 1], "last"), moves, strict=True))
+    """Two to four moves as `first A, then B, next C, last D`."""
+    return ", ".join(f"{when} {move}" for when, move in zip(order_words(len(moves)), moves, strict=True))
 
 
 def draw(domain: str, makers: Mapping[str, Callable[[Random], Task]], count: int, seed: int,
