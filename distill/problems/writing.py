@@ -103,9 +103,10 @@ def critique(problem: Problem, text: str) -> str:
 def draft(problem: Problem, rng: Random, quality: float) -> str:
     """A text that meets round(quality x principles) of the principles, chosen at random, and fails the others.
 
-    The parts that nobody asked for are in it as often, so that a text does not tell what was asked for.
+    Each part that nobody asked for is in it by the toss of a coin, so that neither a text's length nor its parts
+    tell how good it is.
     """
     asked = _demands(problem)
     met = rng.sample(asked, round(quality * len(asked)))
-    unasked = [demand for demand in DEMANDS if demand not in asked and rng.random() < quality]
+    unasked = [demand for demand in DEMANDS if demand not in asked and rng.random() < 0.5]
     return _compose(_PROMPT.match(problem.messages[-1]["content"]).groupdict(), [*met, *unasked])
