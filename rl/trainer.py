@@ -244,6 +244,25 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
             result += [_select(prepared, part) if part else None for part in parts]
         return result
 
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
+                                           **options):
+        """Override: passes without gradient go shortest rows first, each part cut to its widest row.
+
+        TRL pads every part to the width of the whole batch. Log-probs behind a row's last token are 0.
+        """
+        rows, prompt = input_ids.shape[0], input_ids.shape[1] - logits_to_keep
+        if torch.is_grad_enabled() or batch_size is None:
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep,
+                                                              batch_size, **options)
+        prompts, lengths = attention_mask[:, :prompt].sum(1), attention_mask[:, prompt:].sum(1)
+        logps = torch.zeros(rows, logits_to_keep, device=input_ids.device)
+        for part in lengths.argsort().split(batch_size):
+            keep = int(lengths[part].max())
+            cut = slice(prompt - int(prompts[part].max()), prompt + keep)
+            logps[part, :keep], _, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids[part, cut], attention_mask[part, cut], keep, **options)
+        return logps, None, None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Override: nothing to compute for an empty slot; a partly filled one weighs by its rows.
 

@@ -153,6 +153,18 @@ def test_rows_are_cut_into_slots_once_each_with_their_own_mini_batch_and_width(t
     assert sorted(seen) == sorted(generation.token_ids for generation in generations)
 
 
+def test_passes_cut_to_their_rows_give_every_row_its_own_log_probs(tmp_path, start):
+    trainer = make_trainer(tmp_path, start, device_batch=4, temperature=1.0)
+    slots = [slot for slot in first_slots(trainer) if slot is not None]
+    sampled = {generation.token_ids: torch.tensor(generation.logprobs) for _, generation, _ in trainer._kept}
+    assert len({len(tokens) for tokens in sampled}) > 3
+    for slot in slots:
+        for row, mask in enumerate(slot["completion_mask"].bool()):
+            tokens = tuple(slot["completion_ids"][row][mask].tolist())
+            for key in ("old_per_token_logps", "ref_per_token_logps"):
+                assert (slot[key][row][mask] - sampled[tokens]).abs().max() < 1e-4
+
+
 def test_a_batch_without_a_trainable_group_is_no_work_and_no_error(tmp_path, start):
     trainer = make_trainer(tmp_path, start, by_group(*[(1.0,) * 4] * 4))
     assert first_slots(trainer) == [None] * 4
