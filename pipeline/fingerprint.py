@@ -6,10 +6,12 @@ changed by comparing two dictionaries instead of two hashes.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from pydantic import BaseModel
 from pipeline.stage import Stage
 
 # Raised when the layout of artifacts changes, so that no stage reads files written another way.
-ARTIFACT_FORMAT = 1
+ARTIFACT_FORMAT = 2
+
+# The project's own packages: imports of anything else are a matter of installed versions.
+PACKAGES = frozenset({"distill", "evaluation", "pipeline", "policy", "rewards", "rl", "sft", "workflows"})
 
 HASHED_BYTES = 64 << 20  # of one file read outside the run
 
@@ -49,9 +54,9 @@ def stage_parts(stage: Stage, seed: int, input_fingerprints: Mapping[str, str]) 
     return {
         "format": ARTIFACT_FORMAT,
         "stage": stage.name,
-        "sources": {module: source_hashes(module, stage.name) for module in sorted(stage.modules)},
+        "sources": source_hashes(stage.modules, stage.name),
         "config": canonical(stage.config),
-        "files": {path: file_digest(Path(path).expanduser()) for path in sorted(stage.files)},
+        "files": {path: file_digest(Path(path)) for path in sorted(stage.files)},
         "seed": seed,
         "inputs": {name: input_fingerprints[name] for name in sorted(stage.inputs)},
     }
@@ -63,15 +68,52 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def source_hashes(module: str, stage: str = "") -> dict[str, str]:
-    """{file relative to the top-level package's parent: 16 hex digits} of a module or a whole package.
+def source_hashes(modules: Iterable[str], stage: str = "") -> dict[str, str]:
+    """{file: 16 hex digits} of modules, whole packages, and what of the project their files import when loaded.
 
-    Nothing is imported: `status` must not load torch to learn that a file changed.
+    What a function imports is its caller's to declare. Nothing is imported here: `status` must not load torch to
+    learn that a file changed. Raises GraphError for a module without source.
     """
-    root, files = _source_files(module)
-    if not files:
-        raise GraphError(f"stage {stage}: module {module} is part of its fingerprint, but no source of it was found")
-    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    found: dict[str, str] = {}
+    pending, seen = list(modules), set()
+    while pending:
+        module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        root, files = _source_files(module)
+        if not files:
+            raise GraphError(f"stage {stage}: module {module} is part of its fingerprint, but no source of it was "
+                             "found")
+        for file in files:
+            name = str(file.relative_to(root))
+            if name not in found:
+                digest, imported = _read_source(file, file.stat().st_mtime_ns)
+                found[name] = digest
+                pending += imported
+    return dict(sorted(found.items()))
+
+
+@cache
+def _read_source(file: Path, _changed: int) -> tuple[str, tuple[str, ...]]:
+    """The hash of a file and the project's modules that it imports at its top level."""
+    content = file.read_bytes()
+    digest, modules = hashlib.sha256(content).hexdigest()[:16], []
+    try:
+        body = ast.parse(content).body if file.suffix == ".py" else []
+    except SyntaxError:  # the stage that imports it will say so
+        body = []
+    for node in body:
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules += [name if _is_module(name) else node.module for name in inner]
+    return digest, tuple(name for name in modules if name.split(".")[0] in PACKAGES)
+
+
+def _is_module(name: str) -> bool:
+    return name.split(".")[0] in PACKAGES and bool(_source_files(name)[1])
 
 
 def file_digest(path: Path) -> str:
@@ -116,7 +158,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         lines.append(f"seed: {old.get('seed')} -> {new['seed']}")
     lines += [f"file {path}: {old.get('files', {}).get(path, 'not read before')} -> {digest}"
               for path, digest in new["files"].items() if old.get("files", {}).get(path) != digest]
-    lines += _source_changes(old.get("sources", {}), new["sources"])
+    if files := [file for file in sorted({*old.get("sources", {}), *new["sources"]})
+                 if old.get("sources", {}).get(file) != new["sources"].get(file)]:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        lines.append(f"source of {', '.join(files[:3])}{more}")
     old_inputs = old.get("inputs", {})
     for name in sorted(set(old_inputs) | set(new["inputs"])):
         before, after = old_inputs.get(name), new["inputs"].get(name)
@@ -148,13 +193,3 @@ def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
-
-def _source_changes(old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]) -> list[str]:
-    lines = []
-    for module in sorted(set(old) | set(new)):
-        before, after = old.get(module, {}), new.get(module, {})
-        if before != after:
-            files = [file for file in sorted(set(before) | set(after)) if before.get(file) != after.get(file)]
-            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-            lines.append(f"source of {module}: {', '.join(files[:3])}{more}")
-    return lines

@@ -13,25 +13,35 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, RecipeError
 from pipeline.stage import Stage
 from workflows import alignment, data, ending, expert
 
-TRAINED = ("policy", "sft", "workflows", "pipeline.recipe")
-REINFORCED = ("policy", "rl", "rewards", "distill.prompts", "workflows", "pipeline.recipe")
+# What stage functions import inside, by what they do; what those modules import themselves follows from them.
+PACKED = ("policy.tokenizer", "sft.packing")
+TRAINED = ("policy", "sft.trainer")
+SAMPLED = ("workflows.inference", "policy", "rl.engine", "rl.sync", "distill.generation", "distill.prompts")
+REINFORCED = ("policy", "rl", "rewards", "distill.prompts")
 
 
 def build(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe, in an order in which they can run."""
+    """The stages of a recipe, in an order in which they can run. Raises RecipeError for a split nobody filled."""
+    for name, domain in recipe.domains.items():
+        for split in ("sft", "rl", "preference") if domain.judged else ("sft", "rl"):
+            if not domain.splits.get(split):
+                raise RecipeError(f"domains.{name}.splits.{split}: needs rows, as a stage works on them "
+                                  f"(got {domain.splits.get(split, 0)})")
     domains = list(recipe.domains)
     judged = [name for name, domain in recipe.domains.items() if domain.judged]
     shared = {"model": recipe.model, "engine": recipe.engine}
     stages = [
-        Stage("problems", data.problems, {"domains": recipe.domains}, modules=("distill",),
+        Stage("problems", data.problems, {"domains": recipe.domains},
+              modules=("workflows.data", "distill.sources", "distill.splits"),
               files=_local_paths(*(domain.source for domain in recipe.domains.values())),
               title="Load or generate problems and split them"),
         Stage("base", expert.base, {"model": recipe.model, "base": recipe.base}, ("problems",),
-              modules=(*TRAINED, "distill"), files=_local_paths(recipe.model.source),
+              modules=("workflows.expert", *TRAINED, *PACKED, "distill.corpus"),
+              files=_local_paths(recipe.model.source),
               title="Take or train the base model"),
     ]
     for name in domains:
@@ -39,50 +49,55 @@ def build(recipe: Recipe) -> list[Stage]:
         stages += [
             Stage(sft, partial(expert.expert_sft, domain=name),
                   {"model": recipe.model, "sft": recipe.expert.sft, "plain_thinking": recipe.expert.plain_thinking},
-                  ("problems", "base"), modules=(*TRAINED, "distill"),
+                  ("problems", "base"),
+                  modules=("workflows.expert", *TRAINED, *PACKED, "distill.judging", "distill.prompts"),
                   title=f"Train the {name} expert on worked solutions"),
             Stage(rl, partial(expert.expert_rl, domain=name), {**shared, "rl": recipe.expert.rl}, ("problems", sft),
-                  modules=REINFORCED, title=f"GRPO of the {name} expert with the reflective prompt"),
+                  modules=("workflows.expert", *REINFORCED),
+                  title=f"GRPO of the {name} expert with the reflective prompt"),
             Stage(generate, partial(data.generate, domain=name), {**shared, "generate": recipe.generate},
-                  ("problems", rl), modules=("distill", "rl.engine", "rl.sync", "workflows"),
+                  ("problems", rl), modules=("workflows.data", *SAMPLED),
                   title=f"Both sample forms from the {name} expert"),
         ]
     generated = tuple(f"generate-{name}" for name in domains)
     judges = tuple(f"expert-{name}-rl" for name in judged)
     stages += [
         Stage("verify", data.verify, {**shared, "judged": judged}, ("problems", *generated, *judges),
-              modules=("rewards", "rl.engine", "distill", "workflows"), title="A verdict for every sample"),
+              modules=("workflows.data", *SAMPLED, "rewards"), title="A verdict for every sample"),
         Stage("reject", data.reject, {"reject": recipe.reject}, ("problems", "verify"),
-              modules=("distill", "rewards.extract", "workflows"), title="Keep correct, well-formed, concise samples"),
+              modules=("workflows.data", "distill.rejection"), title="Keep correct, well-formed, concise samples"),
         Stage("curate", data.curate, {"curate": recipe.curate}, ("problems", "reject"),
-              modules=("distill", "workflows"), title="Deduplicate, decontaminate, mix to quotas"),
+              modules=("workflows.data", "distill.curation"), title="Deduplicate, decontaminate, mix to quotas"),
         Stage("pack", data.pack, {"pack_length": recipe.sft.pack_length}, ("problems", "base", "curate"),
-              modules=("distill", "sft.packing", "policy.tokenizer", "workflows"),
+              modules=("workflows.data", *PACKED, "distill.judging"),
               title="Tokens with loss masks, packed"),
-        Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, ("base", "pack"), modules=TRAINED,
-              title="Supervised training of the policy"),
+        Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, ("base", "pack"),
+              modules=("workflows.alignment", *TRAINED), title="Supervised training of the policy"),
     ]
     rewarded: tuple[str, ...] = ()
     if judged:
         rewarded = ("reward-model",)
         stages += [
             Stage("preference", alignment.preference, {**shared, "preference": recipe.preference},
-                  ("problems", "sft"), modules=("distill", "rewards", "rl.engine", "workflows"),
+                  ("problems", "sft"), modules=("workflows.alignment", *SAMPLED, "rewards", "distill.preference"),
                   title="Pairs judged in both orders by the SFT model"),
             Stage("reward-model", alignment.reward_model, {**shared, "reward_model": recipe.reward_model},
-                  ("problems", "preference", "sft"), modules=(*TRAINED, "rewards", "distill"),
+                  ("problems", "preference", "sft"),
+                  modules=("workflows.alignment", *TRAINED, *SAMPLED, *PACKED, "rewards", "distill.preference",
+                           "evaluation.calibration"),
                   title="Train and calibrate the generative reward model"),
         ]
     experts = tuple(f"expert-{name}-rl" for name in domains)
     return [
         *stages,
         Stage("rl", alignment.rl, {**shared, "rl": recipe.rl, "reward_model": recipe.reward_model},
-              ("problems", "sft", *rewarded), modules=REINFORCED, title="GRPO on all domains"),
+              ("problems", "sft", *rewarded), modules=("workflows.alignment", *REINFORCED),
+              title="GRPO on all domains"),
         Stage("evaluate", ending.evaluate, {**shared, "evaluation": recipe.evaluation, "domains": domains},
               ("problems", "base", *experts, "sft", *rewarded, "rl"),
-              modules=("evaluation", "rewards", "rl.engine", "distill", "workflows"),
+              modules=("workflows.ending", *SAMPLED, "evaluation", "rewards", "distill.problems"),
               title="Held-out accuracy of every model"),
-        Stage("export", ending.export, {"name": recipe.name}, ("rl", "evaluate"), modules=("workflows",),
+        Stage("export", ending.export, {"name": recipe.name}, ("rl", "evaluate"), modules=("workflows.ending",),
               title="The final checkpoint and its card"),
     ]
 

@@ -108,14 +108,24 @@ def test_an_edited_source_file_makes_the_stages_that_declare_it_stale(tmp_path, 
     commit_all(stages, 0, directory)
     (package / "losses.py").write_text("COEF = 2\n")
     assert states(stages, directory) == {"first": DONE, "second": STALE, "third": STALE}
-    assert "  source of someroom: someroom/losses.py" in why(stages, 0, directory, "second")
+    assert "  source of someroom/losses.py" in why(stages, 0, directory, "second")
     assert "someroom" not in sys.modules, "hashing must not import"
 
 
-def test_a_module_can_be_named_inside_a_package_and_a_missing_one_is_an_error():
-    assert list(source_hashes("pipeline.stage")) == ["pipeline/stage.py"]
+def test_what_a_module_imports_belongs_to_it_and_a_missing_one_is_an_error():
+    assert list(source_hashes(["pipeline.stage"])) == ["pipeline/stage.py"]
+    corpus = source_hashes(["distill.corpus"])
+    # through distill.corpus -> rewards.judge -> rewards.extract
+    assert {"distill/problems/writing.py", "rewards/judge.py", "rewards/extract.py"} <= set(corpus)
+    assert not [file for file in corpus if file.startswith(("workflows", "rl/"))]
     with pytest.raises(GraphError, match="stage x: module pipeline.nothing"):
-        source_hashes("pipeline.nothing", "x")
+        source_hashes(["pipeline.nothing"], "x")
+
+
+def test_a_source_that_does_not_parse_is_hashed_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "halfway.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert list(source_hashes(["halfway"])) == ["halfway.py"]
 
 
 def test_a_work_folder_means_interrupted(tmp_path, stages):

@@ -1,9 +1,14 @@
 import ast
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from pipeline.fingerprint import source_hashes
+from pipeline.recipe import load_recipe
+from workflows.deepseek_v3 import build
 
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
@@ -36,3 +41,30 @@ def test_the_command_line_loads_no_ray_torch_or_vllm():
             "print(sorted({'ray', 'torch', 'vllm', 'transformers', 'trl'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_stages_declare_what_their_functions_import():
+    """Follows the calls from a stage's function to other functions of workflows/, and what each imports inside."""
+    functions = {node.name: (path.stem, node) for path in (ROOT / "workflows").glob("*.py")
+                 for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    for stage in build(load_recipe(ROOT / "recipes/smoke.yaml")):
+        function = stage.run.func if isinstance(stage.run, partial) else stage.run
+        pending, seen, needed = [function.__name__], set(), {}
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            home, body = functions[name]
+            needed[f"workflows/{home}.py"] = name
+            for node in ast.walk(body):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:
+                    pending.append(node.func.id)
+                # freeing memory before a training changes nothing in it
+                if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["make_room"]:
+                    top = node.module.partition(".")[0]
+                    found = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+                    files = [name.replace(".", "/") + ".py" for name in found]
+                    needed |= {file: name for file in files if top in MAY_IMPORT and (ROOT / file).is_file()}
+        lacking = {file: name for file, name in needed.items() if file not in source_hashes(stage.modules)}
+        assert not lacking, f"stage {stage.name}"
