@@ -58,12 +58,12 @@ def _rows(name: str, source: JsonlSource | DatasetSource, heldout: bool) -> Iter
     path = getattr(source, key)
     if path is None and heldout and source.path is not None:  # the local copy replaces the whole data set
         path = source.path
-        if Path(path).expanduser().is_file():
+        if Path(path).is_file():
             raise StageError(f"domains.{name}.source: path is one file, which has no split {source.heldout_split!r}; "
                              "give heldout_path as well")
     if path is None:
         return _hub_rows(name, source, source.heldout_split if heldout else source.split)
-    local = Path(path).expanduser()
+    local = Path(path)
     if not local.exists():
         raise StageError(f"domains.{name}.source.{key}: {path} does not exist; give a JSONL file"
                          f"{' or a folder that datasets can load' if isinstance(source, DatasetSource) else ''}")

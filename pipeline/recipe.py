@@ -12,10 +12,24 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 SPLITS = ("corpus", "sft", "preference", "rl", "heldout")
+BFLOAT16_ERROR = 0.05  # between the log-probs of two implementations
+EXPERT_GROUPS = 4  # of the tiny model
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
+# absolute from the start: the run is read again from other folders
+LocalPath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
 
 
 class RecipeError(ValueError):
@@ -39,8 +53,8 @@ class JsonlSource(Section):
 
     type: Literal["jsonl"] = "jsonl"
     format: Literal["gsm8k", "humaneval", "problem"]
-    path: str
-    heldout_path: str | None = Field(None, description="a file that feeds the held-out split alone")
+    path: LocalPath
+    heldout_path: LocalPath | None = Field(None, description="a file that feeds the held-out split alone")
 
 
 class DatasetSource(Section):
@@ -52,8 +66,8 @@ class DatasetSource(Section):
     config: str | None = None
     split: str = "train"
     heldout_split: str | None = None
-    path: str | None = Field(None, description="local JSONL file or datasets folder used instead of `id`")
-    heldout_path: str | None = Field(None, description="local JSONL file or folder used instead of `heldout_split`")
+    path: LocalPath | None = Field(None, description="local JSONL file or datasets folder used instead of `id`")
+    heldout_path: LocalPath | None = Field(None, description="local copy used instead of `heldout_split`")
 
 
 Source = Annotated[GeneratedSource | JsonlSource | DatasetSource, Field(discriminator="type")]
@@ -82,13 +96,20 @@ class TinyModel(Section):
     vocab_size: Annotated[int, Field(ge=300)] = 1024
     drill_steps: Annotated[int, Field(ge=0)] = Field(200, description="optimizer steps on rows to repeat, first of all")
 
+    @field_validator("routed_experts")
+    @classmethod
+    def _in_groups(cls, value: int) -> int:
+        if value % EXPERT_GROUPS:
+            raise ValueError(f"must be a multiple of the {EXPERT_GROUPS} expert groups")
+        return value
+
 
 class PretrainedModel(Section):
     """Any Hugging Face causal LM: an id or a folder with weights and tokenizer."""
 
     type: Literal["pretrained"] = "pretrained"
     id: str
-    path: str | None = Field(None, description="local folder used instead of `id`")
+    path: LocalPath | None = Field(None, description="local folder used instead of `id`")
 
 
 class ModelConfig(Section):
@@ -151,7 +172,6 @@ class GrpoConfig(Section):
     reasoning_share: Fraction01 = Field(0.5, description="share of prompts with the reflective system prompt")
     rewards: RewardWeights = RewardWeights()
     bias_gamma: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the balance bias is frozen in RL")
-    mtp_lambda: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     reference_steps: PositiveInt = Field(400, description="steps after which the KL reference is replaced")
     importance_cap: PositiveFloat = Field(2.0, description="cap of the trainer/engine importance ratio (TIS)")
@@ -248,6 +268,12 @@ class EngineConfig(Section):
                                     "turn off for models that do not fit beside the engine")
     max_logprob_error: PositiveFloat = Field(1e-4, description="proof bound after each sync; 0.1 suits bfloat16")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        if self.tensor_parallel > 1 and self.gpus < self.tensor_parallel:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} needs as many gpus (got {self.gpus:g})")
+        return self
+
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -276,11 +302,16 @@ class Recipe(Section):
         for path, length in (("expert.rl.max_completion_length", self.expert.rl.max_completion_length),
                              ("rl.max_completion_length", self.rl.max_completion_length),
                              ("generate.max_tokens", self.generate.max_tokens),
-                             ("evaluation.max_tokens", self.evaluation.max_tokens)):
+                             ("evaluation.max_tokens", self.evaluation.max_tokens),
+                             *(("preference.max_tokens", self.preference.max_tokens) for domain in
+                               self.domains.values() if domain.judged)):
             if length > self.model.max_length:
                 raise ValueError(f"{path} {length} is above model.max_length {self.model.max_length}")
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
+        if self.model.dtype == "bfloat16" and self.engine.max_logprob_error < BFLOAT16_ERROR:
+            raise ValueError(f"engine.max_logprob_error {self.engine.max_logprob_error:g} is below what bfloat16 can "
+                             f"hold; give at least {BFLOAT16_ERROR:g}, or model.dtype float32")
         return self
 
 

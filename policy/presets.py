@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import DeepseekV3Config
 
+from pipeline.recipe import EXPERT_GROUPS
+
 # Keys vLLM and DeepSeek's own loader read and transformers' config class does not write by itself.
 ROUTER_KEYS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
@@ -22,13 +24,11 @@ def tiny_config(*, hidden_size: int = 128, layers: int = 4, routed_experts: int 
     One dense layer, `layers - 1` MoE layers of `routed_experts` experts in 4 groups (2 kept, 2 experts per
     token) with 1 shared expert, MLA with 4 heads, MTP depth 1. `token_ids` gives bos/eos/pad ids.
     """
-    if routed_experts % 4:
-        raise ValueError(f"model.source.routed_experts: must be a multiple of the 4 groups (got {routed_experts})")
     extra: dict[str, Any] = dict(ROUTER_KEYS)
     return DeepseekV3Config(
         vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, first_k_dense_replace=1,
         intermediate_size=2 * hidden_size, moe_intermediate_size=hidden_size // 2,
-        n_routed_experts=routed_experts, n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2,
+        n_routed_experts=routed_experts, n_shared_experts=1, num_experts_per_tok=2, n_group=EXPERT_GROUPS, topk_group=2,
         norm_topk_prob=True, routed_scaling_factor=2.5,
         num_attention_heads=4, num_key_value_heads=4, q_lora_rank=hidden_size // 2, kv_lora_rank=hidden_size // 2,
         qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,

@@ -1,8 +1,14 @@
+from pathlib import Path
+
 import pytest
 import toy_workflow
 import yaml
 
+from pipeline.graph import order
 from pipeline.recipe import RecipeError, dump_recipe, load_recipe
+from workflows.deepseek_v3 import build
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -25,6 +31,14 @@ def test_an_override_is_a_yaml_value_at_a_dotted_path(write):
     assert (recipe.rl.group_size, recipe.model.source.hidden_size, recipe.seed) == (8, 64, 7)
 
 
+def test_a_local_path_is_absolute_wherever_the_recipe_is_read(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.chdir(tmp_path)
+    for given, kept in (("~/models/x", "/home/someone/models/x"), ("models/x", f"{tmp_path}/models/x")):
+        recipe = load_recipe(write(), [f"model.source={{type: pretrained, id: x/y, path: {given}}}"])
+        assert recipe.model.source.path == kept
+
+
 def test_an_unknown_key_is_named_with_a_suggestion(write):
     with pytest.raises(RecipeError, match=r"rl\.group_sise: unknown key; did you mean group_size\?"):
         load_recipe(write(), ["rl.group_sise=8"])
@@ -44,6 +58,25 @@ def test_a_union_is_named_by_the_path_of_the_yaml(write):
 def test_a_share_of_an_unknown_domain_is_named(write, path, share):
     with pytest.raises(RecipeError, match=rf"{path} names \['chess'\], not among the domains"):
         load_recipe(write(), [f"{path}={{chess: {share}}}"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    (["model.source.routed_experts=18"], r"model\.source\.routed_experts: must be a multiple of the 4 expert groups"),
+    (["domains.math.splits.rl=0"], r"domains\.math\.splits\.rl: needs rows"),
+    (["domains.writing.splits.preference=0"], r"domains\.writing\.splits\.preference: needs rows"),
+    (["preference.max_tokens=9999"], r"preference\.max_tokens 9999 is above model\.max_length"),
+    (["engine.tensor_parallel=8"], r"tensor_parallel 8 needs as many gpus \(got 0\)"),
+    (["model={source: {type: pretrained, id: x/y}, dtype: bfloat16}"], r"engine\.max_logprob_error 0\.0001 .*bfloat16"),
+])
+def test_sections_that_cannot_work_together_are_an_error_before_anything_starts(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        build(load_recipe(RECIPES / "smoke.yaml", changes))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_come_with_posttrain_have_a_graph(path):
+    stages = build(load_recipe(path))
+    assert [stage.name for stage in order(stages)][-1] == "export"
 
 
 def test_every_error_is_listed_at_once(write):

@@ -35,9 +35,9 @@ def make_recipe(domains):
     return Recipe.model_validate({
         "name": "made-up", "seed": 7, "model": {"source": {"type": "tiny"}, "dtype": "float32", "max_length": 256},
         "domains": {name: {**(writing if name == "writing" else {"source": {"type": "generated", "generator": name}}),
-                           "splits": {"sft": 4, "rl": 8, "heldout": 60}} for name in domains},
+                           "splits": {"sft": 4, "preference": 4, "rl": 8, "heldout": 60}} for name in domains},
         "expert": {"rl": {"max_completion_length": 96}}, "rl": {"max_completion_length": 96},
-        "generate": {"max_tokens": 96}, "evaluation": {"max_tokens": 96, "k": 4}})
+        "generate": {"max_tokens": 96}, "preference": {"max_tokens": 96}, "evaluation": {"max_tokens": 96, "k": 4}})
 
 
 def wilson(share, n):
@@ -205,7 +205,8 @@ def make_run(root, domains=("math", "writing"), until=None):
         out = directory.work_folder(stage.name, prints[stage.name]) / "out.tmp"
         out.mkdir(parents=True)
         directory.commit(stage.name, prints[stage.name], parts, made.fill(stage.name, out), title=stage.title, timings={
-            "started": "2026-01-01T00:00:00+00:00", "seconds": round(made.rng.uniform(1, 90), 3), "peak_rss_gib": 1.7})
+            "started": "2026-01-01T00:00:00+00:00", "seconds": round(made.rng.uniform(1, 90), 3),
+            "peak_memory_gib": 1.7})
         if stage.name == until:
             break
     return root, stages
