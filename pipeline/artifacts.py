@@ -94,11 +94,15 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory; raises RunError naming the process that already does.
+        """Hold the directory; raises RunError naming the process that already does, or that it is no directory.
 
         Take it after `check_owner`: it makes the folder.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{self.root}: a file stands where the run directory would be; give another --run-dir"
+                           ) from None
         with open(self.root / ".lock", "a+") as file:
             # `status` looks by taking the lock for a moment: that is no reason to refuse a run
             for attempt in range(10):

@@ -87,6 +87,9 @@ def _run_stages(recipe: Recipe, stages: list[Stage], directory: RunDirectory, **
         _complain(f"stopped; what was done is kept. Go on with: {again}")
         raise typer.Exit(130) from None
     console.print(_status_table(directory, summary.plan, summary.ran))
+    evaluation = directory.root / "evaluation.json"
+    if evaluation.is_file():
+        console.print(_evaluation_table(json.loads(evaluation.read_text())["models"]))
     _write_report(directory, stages, console)
 
 
@@ -172,6 +175,17 @@ def _status_table(directory: RunDirectory, planned: list[PlannedStage], ran: dic
         table.add_row(item.stage.name, _styled(item.state), record["fingerprint"][:8],
                       duration(record["seconds"]) if record["seconds"] else "", counts_line(record["counts"]),
                       _key_metric(record), note)
+    return table
+
+
+def _evaluation_table(models: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Greedy accuracy in percent with its 95 % interval; in judged domains the win rate against the base model."""
+    domains = list(dict.fromkeys(name for rows in models.values() for name in rows))
+    table = Table("held-out accuracy, %", *domains, box=None, header_style="bold", pad_edge=False)
+    for model, rows in models.items():
+        table.add_row(model, *("" if (row := rows.get(name)) is None else "no verdict" if row["accuracy"] is None else
+                               f"{100 * row['accuracy']:.1f} ({100 * row['ci95'][0]:.1f}-{100 * row['ci95'][1]:.1f})"
+                               for name in domains))
     return table
 
 

@@ -93,7 +93,8 @@ def _library(name: str) -> Finding:
 
 
 def _disk(directory: Path) -> Finding:
-    free = shutil.disk_usage(directory).free / 2**30
+    existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free / 2**30
     return Finding("disk", free >= DISK_GIB, f"{free:.0f} GiB free in {directory}",
                    f"a tiny run and its checkpoints want {DISK_GIB} GiB; free some, or run elsewhere with --run-dir")
 

@@ -62,7 +62,7 @@ def _page(run: RunView) -> str:
 
 def _header(run: RunView) -> str:
     spent = [value for view in run.stages if (value := seconds(view)) is not None]
-    peaks = [view.manifest["timings"].get("peak_rss_gib", 0) for view in run.stages if view.manifest]
+    peaks = [view.manifest["timings"].get("peak_memory_gib", 0) for view in run.stages if view.manifest]
     finished = max((view.manifest["timings"]["finished"] for view in run.stages if view.manifest), default=None)
     done = sum(view.planned.state == DONE for view in run.stages)
     facts = [("begun", _when(run.created)), ("last stage done", _when(finished)),
@@ -125,7 +125,7 @@ def _stage_row(run: RunView, view: StageView, longest: float) -> list[str]:
     return [tag("b", text(view.name)) + tag("small", text(planned.stage.title), class_="what"),
             tag("span", text(planned.state), class_=f"state {planned.state}") + tag("small", text(note)),
             duration(spent) if spent is not None else "", length_bar(spent, longest) if spent is not None else "",
-            number(timings["peak_rss_gib"]) if "peak_rss_gib" in timings else "",
+            number(timings["peak_memory_gib"]) if "peak_memory_gib" in timings else "",
             "" if value is None else text(key) + " " + tag("b", text(number(value))),
             tag("code", text((manifest.get("fingerprint") or "")[:12])), tag("span", text(counts), class_="counts")]
 

@@ -7,6 +7,7 @@ in place behind the back of the next run.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from pipeline.stage import Stage, StageError, StageResult
 from pipeline.worker import StageOrder, StageWorker
 
 POLL_SECONDS = 0.25
-MEMORY_SECONDS = 1.0
+MEMORY_SECONDS = 2.0
 WORKER_SHARE = 0.25  # of the machine's memory: a worker that holds more after a stage gives way to a new one
 TRACEBACK_LINES = 12
 
@@ -111,11 +112,12 @@ class _Driver:
         self.directory = directory
         self.recipe = recipe
         self.display = display
-        self.peak_rss = 0
+        self.peak_memory = 0
         self._memory_read = 0.0
 
     def run_all(self, todo: Sequence[PlannedStage]) -> dict[str, float]:
         import ray
+        from ray.exceptions import RayActorError
 
         total_gpus = ray.cluster_resources().get("GPU", 0)
         # a GPU of its own where the engine leaves one, else trainer and engine share
@@ -126,9 +128,10 @@ class _Driver:
             if worker is None:
                 worker = actor.options(name=f"stage-worker-{os.getpid()}-{number}", num_cpus=0, num_gpus=gpus).remote()
             seconds[item.stage.name] = self.run_one(worker, item, f"{number} of {len(todo)}")
-            if ray.get(worker.resident.remote()) > WORKER_SHARE * psutil.virtual_memory().total:
-                ray.kill(worker)  # its engines end with it; both start again where a stage needs them
-                worker = None
+            with contextlib.suppress(RayActorError):  # a worker that has just died says so at the next stage
+                if ray.get(worker.resident.remote()) > WORKER_SHARE * psutil.virtual_memory().total:
+                    ray.kill(worker)  # its engines end with it; both start again where a stage needs them
+                    worker = None
         return seconds
 
     def run_one(self, worker: Any, item: PlannedStage, position: str) -> float:
@@ -138,27 +141,30 @@ class _Driver:
         work, log = directory.work_folder(stage.name, item.fingerprint), directory.log_file(stage.name)
         directory.set_working_on(work.name)
         self.display.stage_started(stage.name, position, stage.title)
-        self.peak_rss, self._memory_read = 0, 0.0
-        started, began = now(), time.monotonic()
+        self._memory_read = 0.0
+        # what earlier, killed attempts of this stage took counts as well
+        spent, self.peak_memory = _read_spent(work)
+        started, began = now(), time.monotonic() - spent
         try:
             self._check_sources(item)
             # the call itself may raise too: an actor whose process has died refuses new work at once
             reference = worker.run_stage.options(name=f"stage:{stage.name}").remote(
                 StageOrder(stage, inputs, work, log, self.recipe.seed))
-            result = self._watch(reference, work)
+            result = self._watch(reference, work, began)
             seconds = time.monotonic() - began
             directory.commit(stage.name, item.fingerprint, item.parts, result, title=stage.title, timings={
-                "started": started, "seconds": round(seconds, 3), "peak_rss_gib": round(self.peak_rss / 2**30, 3)})
+                "started": started, "seconds": round(seconds, 3),
+                "peak_memory_gib": round(self.peak_memory / 2**30, 3)})
         except StageError as error:
             raise StageFailed(f"stage {stage.name}: {error}\n  log: {log}") from error
         directory.set_working_on("")
         key = result.metrics.get(result.key_metric) if result.key_metric else None
         shown = f"{result.key_metric} {key:.4g}" if isinstance(key, int | float) else ""
         self.display.stage_finished("  ".join(filter(None, (
-            f"done in {duration(seconds)}", f"{self.peak_rss / 2**30:.1f} GiB", counts_line(result.counts), shown))))
+            f"done in {duration(seconds)}", f"{self.peak_memory / 2**30:.1f} GiB", counts_line(result.counts), shown))))
         return seconds
 
-    def _watch(self, reference: Any, work: Path) -> StageResult:
+    def _watch(self, reference: Any, work: Path, began: float) -> StageResult:
         """Wait for the stage, showing its progress. Raises StageError in place of Ray's errors."""
         import ray
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -166,7 +172,7 @@ class _Driver:
         try:
             while True:
                 finished, _ = ray.wait([reference], timeout=POLL_SECONDS)
-                self._read_memory()
+                self._read_memory(work, began)
                 self.display.update(read_progress(work / "progress.json"))
                 if finished:
                     return ray.get(reference)
@@ -188,35 +194,42 @@ class _Driver:
             raise StageError("changed since this run began: " + "; ".join(changes(item.parts, parts)) +
                              ". Give the same command again to run the new version")
 
-    def _read_memory(self) -> None:
-        """Resident memory of Ray's workers and what they started; shared pages count once per process."""
+    def _read_memory(self, work: Path, began: float) -> None:
+        """Memory of this process and all it started (Ray, workers, engines), and what the stage has taken so far."""
         if time.monotonic() - self._memory_read < MEMORY_SECONDS:
             return
+        own = psutil.Process()
+        self.peak_memory = max(self.peak_memory, sum(map(_held, [own, *own.children(recursive=True)])))
         self._memory_read = time.monotonic()
-        total = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below = psutil.Process().children(recursive=True)
-            for raylet in (process for process in below if process.name() == "raylet"):
-                total = sum(_resident(process) for process in raylet.children(recursive=True))
-        self.peak_rss = max(self.peak_rss, total)
+        with contextlib.suppress(OSError):  # a full disk is the stage's to report
+            (work / "spent.json").write_text(json.dumps([self._memory_read - began, self.peak_memory]))
 
 
-def _resident(process: psutil.Process) -> int:
-    """Bytes; 0 for Ray's own agents and for a process that has just ended."""
+def _held(process: psutil.Process) -> int:
+    """Bytes, a page shared by n processes counted as 1/n in each; 0 for a process that has just ended."""
     try:
-        own = process.name().startswith(("ray::IDLE", "ray::Dashboard", "ray::Runtime"))
-        return 0 if own else process.memory_info().rss
-    except psutil.NoSuchProcess:
+        return process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
         return 0
 
 
+def _read_spent(work: Path) -> tuple[float, int]:
+    """Seconds and peak memory of a stage's attempts so far."""
+    try:
+        seconds, memory = json.loads((work / "spent.json").read_text())
+        return seconds, memory
+    except (OSError, ValueError):
+        return 0.0, 0
+
+
 def _publish_evaluation(stages: Sequence[Stage], seed: int, directory: RunDirectory) -> None:
-    """Copy the last evaluation of the graph to DIR/evaluation.json, where scripts look for it."""
+    """Copy the last evaluation of the graph to DIR/evaluation.json, where scripts look for it; none, none."""
     for item in reversed(plan(stages, seed, directory)):
         source = directory.stage_folder(item.stage.name, item.fingerprint) / "evaluation.json"
         if item.state == DONE and source.is_file():
             write_atomically(directory.root / "evaluation.json", source.read_text())
             return
+    (directory.root / "evaluation.json").unlink(missing_ok=True)
 
 
 def _last_lines(error: Any) -> str:

@@ -98,6 +98,27 @@ def test_a_stage_alone_needs_its_inputs(posttrain, tmp_path):
     assert "stage third needs first (waiting), second (waiting)" in seen.err
 
 
+def test_a_file_in_place_of_the_run_directory_is_a_message(posttrain, tmp_path):
+    (tmp_path / "notes").write_text("")
+    seen = posttrain("run", "toy.yaml", "--run-dir", "notes")
+    assert (seen.code, "a file stands where the run directory would be" in seen.err) == (1, True), seen.err
+
+
+def test_an_evaluation_that_the_run_no_longer_stands_for_is_removed(posttrain, finished):
+    (finished.root / "evaluation.json").write_text('{"models": {}}')
+    assert posttrain("run", "toy.yaml", "--run-dir", "run").code == 0
+    assert not (finished.root / "evaluation.json").exists()
+
+
+def test_accuracy_is_shown_with_its_interval(capsys):
+    row = {"n": 500, "accuracy": 0.5, "ci95": [0.456, 0.544], "pass_at_k": None}
+    Console(width=120).print(cli._evaluation_table({"base": {"math": row}, "rl": {
+        "math": row, "chess": row | {"n": 0, "accuracy": None, "ci95": [0, 1]}}}))
+    base, rl = capsys.readouterr().out.splitlines()[1:]
+    assert base.split() == ["base", "50.0", "(45.6-54.4)"]
+    assert rl.split() == ["rl", "50.0", "(45.6-54.4)", "no", "verdict"]
+
+
 def test_status_as_json_has_every_stage(posttrain, finished):
     records = json.loads(posttrain("status", "run", "--json").out)
     assert [(record["stage"], record["state"]) for record in records] == [

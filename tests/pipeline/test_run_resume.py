@@ -49,7 +49,7 @@ def resumed(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("resume") / "run"
     first = start(run_dir, "refuse")
     deadline = time.monotonic() + 120
-    while rows_written(run_dir) < 20:
+    while rows_written(run_dir) < 20 or not list(run_dir.glob("work/count-*/spent.json")):
         assert first.poll() is None and time.monotonic() < deadline, first.stdout.read()
         time.sleep(0.05)
     children = psutil.Process(first.pid).children(recursive=True)
@@ -61,6 +61,10 @@ def resumed(tmp_path_factory):
     wait_until_dead(workers)
     prepared = (next(run_dir.glob("stages/prepare/*/manifest.json"))).read_text()
     status_after_kill = RunDirectory(run_dir).lock_holder()
+    spent, = run_dir.glob("work/count-*/spent.json")
+    seconds, peak = json.loads(spent.read_text())
+    assert seconds >= 0 and peak > 0
+    spent.write_text(json.dumps([1000 + seconds, 512 << 30]))
     run_dir.with_name("go").touch()
     second = start(run_dir, "refuse")
     output = second.communicate(timeout=240)[0]
@@ -83,7 +87,8 @@ def test_the_same_command_resumes_by_row_and_does_not_run_finished_stages_again(
     assert len({row.split()[1] for row in rows}) == 2, "written by two processes"
     manifest = json.loads(next(run_dir.glob("stages/count/*/manifest.json")).read_text())
     assert manifest["counts"]["resumed_from"] == 20
-    assert manifest["timings"]["seconds"] > 0
+    assert 1000 < manifest["timings"]["seconds"] < 1200, "with the time of the killed attempt"
+    assert manifest["timings"]["peak_memory_gib"] == 512
     assert not list(run_dir.glob("work/count-*"))
 
 
