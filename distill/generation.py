@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,13 @@ def generate(orders: Sequence[Order], *, sampler: Sampler, encode: Callable[[Seq
         if len(waiting) < len(keys):
             progress.note(f"{len(keys)} samples asked, {len(keys) - len(waiting)} in the log, {len(waiting)} left")
         for shard in _shards(waiting, shard_prompts):
+            began = time.monotonic()
             results = sampler([prompts[position] for position in shard],
                               [int(keys[position][:8], 16) % 2**31 for position in shard])
             log.append({keys[position]: {"token_ids": list(token_ids), "finish_reason": reason}
                         for position, (token_ids, reason) in zip(shard, results, strict=True)})
-            progress.advance(len(shard))
+            tokens = sum(len(token_ids) for token_ids, _ in results)
+            progress.advance(len(shard), **{"tokens/s": tokens / (time.monotonic() - began)})
         records = [log.done[key] for key in keys]
     samples = []
     for (order, index), record in zip(requests, records, strict=True):

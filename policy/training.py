@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from pipeline.artifacts import write_atomically
 from pipeline.stage import Progress
 from policy.balance import RouterProbe
 
@@ -27,10 +30,27 @@ class PolicyTrainer:
 
     probe: RouterProbe
 
-    def watch(self, progress: Progress, curve: Path, bias_gamma: float) -> None:
-        """Attach the router probe, the bias update and the curve file."""
+    def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None) -> None:
+        """Attach the router probe, the bias update and the curve file.
+
+        step_tokens: tokens of an optimizer step, for the rate shown; counted by TRL where they vary.
+        """
         self.probe = RouterProbe(self.model)
-        self.add_callback(_Watch(self.probe, progress, curve, bias_gamma))
+        self.add_callback(_Watch(self.probe, progress, curve, bias_gamma, step_tokens))
+
+    def train_to_the_end(self, work: Path) -> None:
+        """Train from the last whole checkpoint under `work`, if there is one.
+
+        A run that ended at its last step only loads it: transformers' loop would take one step more where that step
+        lies inside an epoch.
+        """
+        checkpoint = last_checkpoint(work)
+        if checkpoint:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                return
+        self.train(resume_from_checkpoint=checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Override of `Trainer._save`: the raw state dict, every buffer included, under in-memory names."""
@@ -58,19 +78,23 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """The rows of a curve file, one per optimizer step."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a curve file, one per optimizer step; a last line that a full disk cut short does not count."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, probe: RouterProbe, progress: Progress, curve: Path, bias_gamma: float):
+    def __init__(self, probe: RouterProbe, progress: Progress, curve: Path, bias_gamma: float,
+                 step_tokens: int | None):
         self.probe, self.progress, self.curve, self.bias_gamma = probe, progress, curve, bias_gamma
+        self.step_tokens, self.tokens, self.logged = step_tokens, 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Cut the curve back to the step the checkpoint is at, so that resumed steps stand once."""
         rows = [row for row in read_curve(self.curve) if row["step"] <= state.global_step]
-        self.curve.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(self.curve, "".join(json.dumps(row) + "\n" for row in rows))
         self.progress.start(state.max_steps, "steps", done=state.global_step)
+        self.tokens, self.logged = state.num_input_tokens_seen, time.monotonic()
         if state.global_step:
             self.progress.note(f"resumes after step {state.global_step} of {state.max_steps}")
 
@@ -90,7 +114,11 @@ class _Watch(TrainerCallback):
             row["max_violation"] = self.probe.max_violation()
         with open(self.curve, "a") as file:
             file.write(json.dumps(row) + "\n")
-        self.progress.advance(1, **{key: row[key] for key in ("loss", "reward", "mean_token_accuracy") if key in row})
+        now, tokens = time.monotonic(), row.get("num_tokens", 0.0)
+        rate = (self.step_tokens or tokens - self.tokens) / (now - self.logged)
+        self.tokens, self.logged = tokens, now
+        self.progress.advance(1, **{"tokens/s": rate}, **{
+            key: row[key] for key in ("loss", "reward", "mean_token_accuracy") if key in row})
 
     def on_save(self, args, state, control, **kwargs):
         marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE

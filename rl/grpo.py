@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from transformers import TrainerCallback
 
@@ -14,7 +15,7 @@ from pipeline.records import Rollout, read_table, write_table
 from pipeline.stage import Progress, StageError
 from policy.model import load_policy, save_policy
 from policy.tokenizer import load_tokenizer
-from policy.training import last_checkpoint, read_curve, torch_threads
+from policy.training import read_curve, torch_threads
 from rl.engine import RolloutEngine
 from rl.trainer import LEDGER, ROLLOUTS, Prompt, Scorer, VerifiedGRPOTrainer
 
@@ -36,26 +37,26 @@ def train_grpo(config: GrpoConfig, *, start: Path, prompts: Sequence[Prompt], en
     curve = work / "curve.jsonl"
     trainer.watch(progress, curve, config.bias_gamma)
     trainer.add_callback(_ReplaceReference(trainer, config.reference_steps * config.mini_batches))
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    trainer.train_to_the_end(work)
     save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out / "checkpoint")
     rows = read_curve(curve)
     (out / "curve.jsonl").write_text(curve.read_text())
-    (out / LEDGER).write_text((work / LEDGER).read_text())
+    (out / LEDGER).write_text("".join(file.read_text() for file in sorted((work / ROLLOUTS).glob("*.jsonl"))))
     rollouts = [rollout for file in sorted((work / ROLLOUTS).glob("*.parquet"))
                 for rollout in read_table(file, Rollout)]
     write_table(out / "rollouts.parquet", rollouts, Rollout)
-    tenth = max(1, len(rows) // 10)
-    metrics = {"steps": len(rows)}
+    metrics: dict[str, float] = {"steps": len(rows)}
     for key in ("rollout_reward", "rollout_accuracy", "kl", "completions/mean_length"):
         found = [row[key] for row in rows if key in row]
         if found:
-            metrics |= {f"{key}_first": sum(found[:tenth]) / tenth, f"{key}_last": sum(found[-tenth:]) / tenth}
-    for key, name in (("sampling/sampling_logp_difference/mean", "drift_mean"),
-                      ("sampling/sampling_logp_difference/max", "drift_max"),
-                      ("sync_logprob_error", "sync_logprob_error_max")):
+            tenth = max(1, len(found) // 10)
+            metrics |= {f"{key}_first": mean(found[:tenth]), f"{key}_last": mean(found[-tenth:])}
+    for key, name, of_all in (("sampling/sampling_logp_difference/mean", "drift_mean", mean),
+                              ("sampling/sampling_logp_difference/max", "drift_max", max),
+                              ("sync_logprob_error", "sync_logprob_error_max", max)):
         found = [row[key] for row in rows if key in row]
         if found:
-            metrics[name] = max(found)
+            metrics[name] = of_all(found)
     states = Counter(json.loads(line)["state"] for line in (out / LEDGER).read_text().splitlines())
     return metrics, dict(states)
 

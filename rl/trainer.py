@@ -50,7 +50,7 @@ class Score:
     parts: dict[str, float]
 
 
-Scorer = Callable[[Sequence[Prompt], Sequence[str], int], list[Score]]  # prompts, completions, seed -> scores
+Scorer = Callable[[Sequence[Prompt], Sequence[str], int], list[Score]]  # prompts, completions, step -> scores
 
 
 def prompt_schedule(prompts: Sequence[Prompt], rows: int, seed: int) -> list[int]:
@@ -66,7 +66,7 @@ def prompt_schedule(prompts: Sequence[Prompt], rows: int, seed: int) -> list[int
 class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
     """One step: sync weights with proof, roll out, verify, drop groups without variance, let TRL train on the rest.
 
-    `work/rollouts/STEP.parquet` and `work/ledger.jsonl` keep every rollout and what became of every prompt.
+    `work/rollouts/STEP.parquet` and `STEP.jsonl` keep every rollout and what became of every prompt.
     """
 
     def __init__(self, config: GrpoConfig, prompts: Sequence[Prompt], engine: RolloutEngine, scorer: Scorer,
@@ -165,7 +165,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
             if any(not generation.token_ids for _, generation, _ in members):
                 state = "prompt_too_long"
             elif len(rewards) < 2:
-                state = "infra_error"
+                state = "infra_error" if any(score.verdict.status == Status.INFRA_ERROR for _, _, score in members) \
+                    else "abstain"
             elif max(rewards) - min(rewards) < 1e-6:
                 state = "zero_variance"
             else:
@@ -173,10 +174,7 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
                 kept += range(start, start + size)
             prompt = self.prompts[indices[start]]
             lines.append({"step": step, "prompt_id": prompt.problem.id, "form": prompt.form, "state": state})
-        ledger = self.work / LEDGER
-        before = [] if not ledger.exists() else [line for line in ledger.read_text().splitlines()
-                                                 if json.loads(line)["step"] < step]
-        ledger.write_text("".join(line + "\n" for line in [*before, *map(json.dumps, lines)]))
+        (self.work / ROLLOUTS / f"{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return kept
 
     def _gate_infrastructure(self, scores: Sequence[Score]) -> None:
@@ -220,7 +218,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         """Override: hand out the kept rows in slots of `device_batch`; a slot may be empty (None).
 
         TRL cuts the batch evenly into `steps_per_generation` slots, which after dropping groups would need a
-        divisible count. Rows are sorted by length inside a mini-batch and each slot is cut to its own width.
+        divisible count. Rows without a reward have served their group's ledger line and go no further. Rows are sorted
+        by length inside a mini-batch and each slot is cut to its own width.
         """
         slots = self.args.steps_per_generation
         if self._step % slots == 0 or self._buffered_inputs is None:
@@ -232,7 +231,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         if prepared is None:
             return [None] * slots
         config, rows = self.policy_config, prepared["completion_ids"].shape[0]
-        groups = [list(range(start, start + config.group_size)) for start in range(0, rows, config.group_size)]
+        groups = [[row for row in range(start, start + config.group_size) if self._kept[row][2].reward is not None]
+                  for start in range(0, rows, config.group_size)]
         lengths = prepared["completion_mask"].sum(1).tolist()
         result: list[dict[str, Any] | None] = []
         for mini_batch in range(config.mini_batches):
@@ -268,7 +268,7 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
 
         TRL takes the mean over a slot's rows and divides by the number of slots. Scaling by
         rows / device_batch makes the sum over slots the mean over all rows rolled out for the optimizer step, as
-        if the dropped groups had been trained on with their advantage of zero.
+        if the dropped rows had been trained on with an advantage of zero and no KL.
         """
         if inputs is None:
             return next(parameter for parameter in model.parameters() if parameter.requires_grad).sum() * 0.0

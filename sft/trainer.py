@@ -20,7 +20,7 @@ from pipeline.recipe import TrainConfig
 from pipeline.stage import Progress, StageError
 from policy.model import load_policy, save_policy
 from policy.tokenizer import load_tokenizer
-from policy.training import PolicyTrainer, last_checkpoint, read_curve, torch_threads
+from policy.training import PolicyTrainer, read_curve, torch_threads
 from sft.optimizer import MuonWithAdamW
 from sft.packing import IGNORE
 
@@ -87,7 +87,7 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
     """
     torch_threads()
     if not pq.read_metadata(packs).num_rows:
-        raise StageError(f"{packs}: no packs to train on; the curate stage kept no sample")
+        raise StageError(f"{packs}: no packs to train on; no sample was kept")
     tokenizer = load_tokenizer(start)
     model = load_policy(start, dtype)
     dataset = Dataset.from_parquet(str(packs), cache_dir=str(work / "cache"), columns=[
@@ -110,8 +110,8 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
         bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = PackedSFTTrainer(model, args=args, train_dataset=dataset, data_collator=collate,
                                processing_class=tokenizer, config=config, optimizers=(_optimizer(model, config), None))
-    trainer.watch(progress, curve, config.bias_gamma)
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    trainer.watch(progress, curve, config.bias_gamma, packs_per_step * config.pack_length)
+    trainer.train_to_the_end(work)
     rows = read_curve(curve)
     if any(row["loss"] != row["loss"] for row in rows):
         raise StageError(f"{curve}: the loss is not a number; lower the stage's learning_rate")

@@ -173,7 +173,7 @@ def test_a_batch_without_a_trainable_group_is_no_work_and_no_error(tmp_path, sta
     assert states == {"zero_variance": 8} and metrics["rollout_reward_last"] == 1.0
 
 
-def test_infra_errors_leave_the_baseline_and_carry_no_advantage(tmp_path, start):
+def test_rows_without_a_reward_leave_the_baseline_and_the_training(tmp_path, start):
     scorer = by_group((0.0, 1.0, 1.0, None), (None,) * 4, (1.0, None, None, None), MIXED)
     trainer = make_trainer(tmp_path, start, scorer)
     slots = first_slots(trainer)
@@ -183,14 +183,16 @@ def test_infra_errors_leave_the_baseline_and_carry_no_advantage(tmp_path, start)
         for ids, mask, advantage in zip(*(slot[key] for key in ("completion_ids", "completion_mask", "advantages")),
                                         strict=True) if slot else ():
             advantages[tuple(ids[mask.bool()].tolist())] = advantage.item()
-    found = [advantages[generation.token_ids] for _, generation, _ in trainer._kept]
-    assert len(found) == 8  # the two groups with fewer than two rewards are not trained on
-    assert found[:4] == pytest.approx([*group_advantages([0.0, 1.0, 1.0], 3), 0.0], rel=1e-4)
-    ledger = [json.loads(line)["state"] for line in (tmp_path / "work/ledger.jsonl").read_text().splitlines()]
+    assert len(trainer._kept) == 8  # the two groups with fewer than two rewards are not trained on
+    found = [advantages.pop(generation.token_ids) for _, generation, _ in trainer._kept[:3]]
+    assert found == pytest.approx(group_advantages([0.0, 1.0, 1.0], 3), rel=1e-4)
+    assert set(advantages) == {generation.token_ids for _, generation, _ in trainer._kept[4:]}
+    ledger = [json.loads(line)["state"] for line in
+              (tmp_path / "work/rollouts/000000.jsonl").read_text().splitlines()]
     assert ledger == ["trained", "infra_error", "infra_error", "trained"]
     rollouts = read_table(tmp_path / "work/rollouts/000000.parquet", Rollout)
     assert [rollout.reward for rollout in rollouts[:4]] == [0.0, 1.0, 1.0, None]
-    assert rollouts[3].advantage is None and [r.advantage for r in rollouts[:3]] == pytest.approx(found[:3], rel=1e-4)
+    assert rollouts[3].advantage is None and [r.advantage for r in rollouts[:3]] == pytest.approx(found, rel=1e-4)
 
 
 def test_too_many_infra_errors_stop_the_run(tmp_path, start):

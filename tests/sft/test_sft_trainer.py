@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,6 +99,20 @@ def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_
     moved = [name for name in before if not torch.equal(before[name], final[0][name])]
     assert {"model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.3.eh_proj.weight",
             "model.layers.3.mlp.gate.e_score_correction_bias"} <= set(moved)
+
+
+def test_a_run_that_ended_inside_an_epoch_trains_no_step_more(tmp_path, start, packs):
+    first = train(tmp_path, start, packs)
+    weights = load_policy(tmp_path / "out/checkpoint").state_dict()
+    shutil.rmtree(tmp_path / "out")  # as if the disk had been full when the result was written
+    assert losses(train(tmp_path, start, packs)) == losses(first)
+    again = load_policy(tmp_path / "out/checkpoint").state_dict()
+    assert [name for name in weights if not torch.equal(weights[name], again[name])] == []
+
+
+def test_a_curve_line_that_a_full_disk_cut_short_does_not_count(tmp_path):
+    (tmp_path / "curve.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": ')
+    assert read_curve(tmp_path / "curve.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 def test_a_half_written_checkpoint_is_removed_and_the_whole_one_before_it_used(tmp_path):
