@@ -119,8 +119,23 @@ def funnel_section(run: RunView) -> str:
         quota = run.counts("curate").get("funnel", {}).get(domain, {}).get("quota")
         note = tag("p", f"mix: {quota['got']:,} of {quota['wanted']:,} wanted, {quota['reasoning']:,} in reasoning "
                    "form", class_="note") if quota else ""
-        panels.append(tag("div", tag("h3", text(domain)), tag("ol", *rows, class_="funnel"), note, class_="panel"))
+        panels.append(tag("div", tag("h3", text(domain)), _asked(run, domain), tag("ol", *rows, class_="funnel"), note,
+                          class_="panel"))
+    broken = run.counts("problems").get("bad_rows")
+    if broken:
+        gap += tag("p", f"{broken:,} rows of the problem files could not be read and were left out; "
+                   "bad_rows.jsonl of the stage problems names each.", class_="note")
     return gap + (tag("div", *panels, class_="panels") if panels else "") + _reasons(run) + _packs(run)
+
+
+def _asked(run: RunView, domain: str) -> str:
+    """How many problems the samples come from."""
+    asked = run.counts(f"generate-{domain}").get("problems")
+    available = run.counts("problems").get("splits", {}).get(domain, {}).get("sft")
+    if asked is None or available is None:
+        return ""
+    return tag("p", f"{asked:,} of {available:,} problems of the sft split, each asked plainly and with the reflective "
+               "prompt", class_="note")
 
 
 def _packs(run: RunView) -> str:

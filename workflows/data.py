@@ -74,7 +74,7 @@ def generate(context: StageContext, domain: str) -> StageResult:
 def verify(context: StageContext) -> StageResult:
     """Verdicts: rules where answers can be checked, the domain's own expert as judge elsewhere."""
     from distill.generation import with_verdicts
-    from workflows.inference import open_model, open_verifier
+    from workflows.inference import check_infrastructure, open_model, open_verifier
 
     by_id = {problem.id: problem for problem in load_problems(context)}
     verified: list[Sample] = []
@@ -90,6 +90,7 @@ def verify(context: StageContext) -> StageResult:
             judge = expert.judge(context.seed)
         with open_verifier(judge, [by_id[s.problem_id] for s in samples]) as verifier:
             verified += with_verdicts(samples, by_id, verifier.verify_batch, 256, context.progress)
+    check_infrastructure([sample.verdict for sample in verified], context.name)
     write_table(context.out / "samples.parquet", verified, Sample)
     statuses = Counter(sample.verdict.status.value for sample in verified)
     reasons = Counter(sample.verdict.reason for sample in verified)

@@ -10,7 +10,7 @@ from functools import partial
 from pipeline.records import Sample, write_table
 from pipeline.stage import StageContext, StageResult
 from workflows.data import load_problems
-from workflows.inference import open_model, open_verifier
+from workflows.inference import check_infrastructure, open_model, open_verifier
 
 
 def evaluate(context: StageContext) -> StageResult:
@@ -56,6 +56,7 @@ def evaluate(context: StageContext) -> StageResult:
                                         problems[name])
                     reflective[f"base/{name}/reflective"] = accuracy(thought, [], config.k)["accuracy"]
                     kept += thought
+    check_infrastructure([sample.verdict for sample in kept if sample.verdict], context.name)
     judge = None
     if any(_measure(problem, "") is None for name in judged for problem in problems[name]):
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
@@ -121,9 +122,23 @@ def _percent(share: float | None) -> str:
 
 
 def export(context: StageContext) -> StageResult:
-    """Copy the final checkpoint beside its evaluation."""
+    """Copy the final checkpoint with a card, beside its evaluation."""
     shutil.copytree(context.inputs["rl"] / "checkpoint", context.out / "checkpoint")
     shutil.copy2(context.inputs["evaluate"] / "evaluation.json", context.out / "evaluation.json")
-    evaluation = json.loads((context.out / "evaluation.json").read_text())["models"]["rl"]
+    models = json.loads((context.out / "evaluation.json").read_text())["models"]
+    (context.out / "checkpoint" / "README.md").write_text(_card(context.config["name"], context.seed, models))
     size = sum(file.stat().st_size for file in (context.out / "checkpoint").iterdir())
-    return StageResult(counts={"bytes": size}, metrics={"rl/all": evaluation["all"]["accuracy"]}, key_metric="rl/all")
+    return StageResult(counts={"bytes": size}, metrics={"rl/all": models["rl"]["all"]["accuracy"]},
+                       key_metric="rl/all")
+
+
+def _card(name: str, seed: int, models: dict[str, dict[str, dict]]) -> str:
+    """A model card in the Hub's form: what the model is and how it did beside the base and SFT models."""
+    domains = list(models["rl"])
+    rows = [[label, *(_percent(models[label][domain]["accuracy"]) for domain in domains)]
+            for label in ("base", "sft", "rl")]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [["model", *domains], ["---"] * (len(domains) + 1), *rows])
+    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
+            f"Post-trained with posttrain, recipe `{name}`, seed {seed}: SFT on expert samples, then GRPO.\n\n"
+            "Held-out accuracy, greedy; in judged domains the share of answers better than the base model's "
+            f"(a tie counts half):\n\n{table}\n")

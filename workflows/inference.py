@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.recipe import EngineConfig, ModelConfig, RewardWeights
-from pipeline.records import Problem
+from pipeline.records import Problem, Status, Verdict
+from pipeline.stage import StageError
 
 if TYPE_CHECKING:
     from rewards.judge import Judge
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rl.engine import RolloutEngine
     from rl.trainer import Scorer
 
+INFRA_ERROR_BUDGET = 0.01
 JUDGEMENT_TOKENS = 8192  # the engine stops earlier where the context ends
 
 
@@ -82,6 +84,19 @@ def open_verifier(judge: Judge | None, problems: Sequence[Problem]) -> Iterator[
     with Verifier(judge=judge) as verifier:
         verifier.run_canaries(sorted({problem.check.kind for problem in problems} - {"principles"}))
         yield verifier
+
+
+def check_infrastructure(verdicts: Sequence[Verdict], stage: str) -> None:
+    """Raises StageError when verifiers failed on more than INFRA_ERROR_BUDGET of the answers.
+
+    Such answers have no score; left out in silence they would bend what is counted over the rest.
+    """
+    failed = [verdict for verdict in verdicts if verdict.status is Status.INFRA_ERROR]
+    # over at least a thousand verdicts, so that one failure does not end a run
+    if len(failed) > INFRA_ERROR_BUDGET * max(len(verdicts), 1000):
+        raise StageError(f"{stage}: {len(failed)} of {len(verdicts)} verdicts are infrastructure errors; the last came "
+                         f"from {failed[-1].verifier}: {failed[-1].reason} {failed[-1].evidence}\nMend what it names "
+                         "(posttrain doctor checks the machine) and give the same command again")
 
 
 def scorer(verifier: Verifier, weights: RewardWeights) -> Scorer:

@@ -18,6 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Problem, Sample, Status, Verdict, write_table
 from pipeline.stage import StageContext, StageError
 from workflows import data, expert
+from workflows.inference import check_infrastructure
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -109,3 +110,11 @@ def test_a_domain_that_rejection_empties_stops_the_stage_with_the_funnel(tmp_pat
         "rejection leaves nothing for logic:", "  math: 2 in, 2 out", "  logic: 2 in, 0 out; lost wrong 2",
         "train the expert longer, sample more or relax reject.max_tokens"]
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_verifiers_that_fail_too_often_stop_the_stage_and_do_not_pass_for_wrong_answers():
+    right = Verdict(Status.CORRECT, 1.0, "equal_exact", "math", "1", 0.0, "")
+    broken = Verdict(Status.INFRA_ERROR, None, "verifier_failed", "code", "1", 0.0, "no space left")
+    check_infrastructure([right] * 5 + [broken] * 10, "verify")
+    with pytest.raises(StageError, match="verify: 21 of 2000 verdicts are infrastructure errors.*no space left"):
+        check_infrastructure([right] * 1979 + [broken] * 21, "verify")

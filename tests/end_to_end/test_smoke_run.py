@@ -109,6 +109,16 @@ def test_every_look_into_the_run_works(smoke_run):
 # -- what the run wrote ---------------------------------------------------------------------------------------------
 
 
+def test_the_run_ends_with_accuracies_and_the_report(smoke_run):
+    table, _, rest = smoke_run.done.out.partition("held-out accuracy, %")[2].partition("Report: ")
+    models = json.loads((smoke_run.run_dir / "evaluation.json").read_text())["models"]
+    assert [line.split()[0] for line in table.splitlines()[1:] if line.strip()] == list(models)
+    accuracy, (low, high) = models["rl"]["all"]["accuracy"], models["rl"]["all"]["ci95"]
+    assert f"{100 * accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})" in table
+    card = (artifact(smoke_run.run_dir, "export") / "checkpoint/README.md").read_text()
+    assert f"recipe `smoke`, seed {RECIPE.seed}" in card and f"{accuracy:.1%} |" in card
+
+
 def test_evaluation_has_every_model_with_intervals(smoke_run):
     text = (smoke_run.run_dir / "evaluation.json").read_text()
     assert text == (artifact(smoke_run.run_dir, "evaluate") / "evaluation.json").read_text()
