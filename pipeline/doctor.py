@@ -18,6 +18,7 @@ from rich.console import Console
 DISK_GIB = 2
 MEMORY_GIB = 8
 LIBRARIES = ("torch", "transformers", "trl", "ray", "vllm")
+TOOLCHAINS = (("g++", "C++", "g++"), ("node", "JavaScript", "nodejs"), ("javac", "Java", "default-jdk-headless"))
 SUBPROCESS_SECONDS = 180
 
 _RAY_PROBE = """
@@ -54,7 +55,8 @@ def examine(directory: Path) -> Iterator[Finding]:
     checks: tuple[Callable[[], Finding], ...] = (
         _python, *(lambda name=name: _library(name) for name in LIBRARIES),
         lambda: _disk(directory), _memory, _gcc, lambda: _program("bwrap", "bubblewrap"),
-        lambda: _program("setpriv", "util-linux"), _sandbox, _ray, _engine)
+        lambda: _program("setpriv", "util-linux"),
+        *(lambda row=row: _toolchain(*row) for row in TOOLCHAINS), _sandbox, _ray, _engine)
     for check in checks:
         yield check()
 
@@ -117,6 +119,12 @@ def _program(name: str, package: str) -> Finding:
     needed = name != "setpriv" or os.geteuid() == 0
     return Finding(name, found is not None, found or "not found",
                    f"code rewards run in a sandbox made with it; Debian: apt-get install {package}", needed)
+
+
+def _toolchain(program: str, language: str, package: str) -> Finding:
+    found = shutil.which(program, path="/usr/bin")
+    return Finding(program, found is not None, found or "not found in /usr/bin",
+                   f"answers in {language} cannot be verified; Debian: apt-get install {package}", needed=False)
 
 
 def _sandbox() -> Finding:

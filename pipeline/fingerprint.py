@@ -28,7 +28,7 @@ PACKAGES = frozenset({"distill", "evaluation", "pipeline", "policy", "rewards", 
 HASHED_BYTES = 64 << 20  # of one file read outside the run
 
 # Files of a package that can change what a stage computes; caches and editors' leftovers cannot.
-SOURCE_SUFFIXES = frozenset({".py", ".json", ".jinja", ".txt", ".yaml", ".c", ".h", ".cu"})
+SOURCE_SUFFIXES = frozenset({".py", ".json", ".jinja", ".txt", ".yaml", ".c", ".h", ".cu", ".cpp", ".js", ".java"})
 
 
 class GraphError(ValueError):

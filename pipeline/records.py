@@ -74,7 +74,7 @@ class Check:
 
     kind: str
     reference: str | None = None
-    language: str | None = None  # "python" | "c"
+    language: str | None = None  # a key of rewards.languages.LANGUAGES
     entry_point: str | None = None
     tests: str | None = None
     principles: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.records import Check, Status, Verdict
 from rewards.extract import code_block, split_thinking
+from rewards.languages import LANGUAGES, NoFunction, java_main, java_program
 from rewards.reasons import Reason, verdict
 from rewards.sandbox import Job, Outcome, Sandbox, SandboxFailure
 
@@ -40,21 +41,21 @@ def prepare(completion: str, check: Check) -> Work | Verdict:
     if not thinking.well_formed:
         return verdict(Status.MALFORMED, Reason.BAD_THINKING, "code", began)
     language = check.language or "python"
-    block = code_block(thinking.answer, language) if language in ("python", "c") else None
-    if block is not None and block.value is None:
+    if language not in LANGUAGES:
+        return verdict(Status.INFRA_ERROR, Reason.BAD_CHECK, "code", began,
+                       f"check cannot be run: language {language!r} is not one of {', '.join(LANGUAGES)}")
+    if tool := LANGUAGES[language].missing():
+        return verdict(Status.INFRA_ERROR, Reason.VERIFIER_FAILED, "code", began,
+                       f"{tool} is missing; apt-get install {LANGUAGES[language].package}")
+    block = code_block(thinking.answer, LANGUAGES[language].fences)
+    if block.value is None:
         return verdict(Status.MALFORMED, Reason.NO_CODE_BLOCK, "code", began, thinking.answer[:120])
     try:
-        if block is None:
-            raise ValueError(f"language {language!r} is not python or c")
-        return _work(block.value or "", language, check)
+        return _work(block.value, language, check)
     except (ValueError, KeyError, TypeError) as error:
         return verdict(Status.INFRA_ERROR, Reason.BAD_CHECK, "code", began, f"check cannot be run: {error!r}")
-    except _NoFunction as error:
+    except NoFunction as error:
         return verdict(Status.WRONG, Reason.NO_FUNCTION, "code", began, str(error))
-
-
-class _NoFunction(Exception):
-    """The C code does not mention the function asked for."""
 
 
 def _work(code: str, language: str, check: Check) -> Work:
@@ -73,39 +74,19 @@ def _work(code: str, language: str, check: Check) -> Work:
         expected = tuple(test["expected"] for test in tests)
         if not all(isinstance(text, str) for text in (*inputs, *expected)):
             raise ValueError("stdin and expected must be texts")
-        return Work(Job("c" if language == "c" else "python", "programs", code, inputs), expected)
+        main = java_main(code) if language == "java" else ""
+        return Work(Job(language, "programs", java_program(code) if language == "java" else code, inputs, main=main),
+                    expected)
     if not check.entry_point or not re.fullmatch(r"[A-Za-z_]\w*", check.entry_point):
         raise ValueError(f"entry_point {check.entry_point!r} is not a name")
     inputs, expected = [test["args"] for test in tests], tuple(test["expected"] for test in tests)
-    if language == "python":
-        return Work(Job("python", "calls", code, inputs, check.entry_point, nonce), expected)
-    if not re.search(rf"\b{check.entry_point}\s*\(", code):
-        raise _NoFunction(f"no function {check.entry_point}")
-    program = c_program(code, check.entry_point, inputs)
-    return Work(Job("c", "programs", program, ["".join(f"{value}\n" for args in inputs for value in args) or "\n"]),
-                expected)
-
-
-def c_program(code: str, entry_point: str, inputs: Sequence[Sequence[int]]) -> str:
-    """A whole program around a C function of integers: reads argument rows, writes one result a line to fd 3.
-
-    The candidate's `main`, if any, is renamed. The result type must be an integer type. Raises ValueError for
-    tests that are not rows of equally many 64-bit integers.
-    """
-    width = len(inputs[0])
-    if any(len(args) != width or not all(type(value) is int and -2**63 <= value < 2**63 for value in args)
-           for args in inputs):
-        raise ValueError("C functions are tested with rows of equally many integers")
-    arguments = ", ".join(f"posttrain_a[{i}]" for i in range(width))
-    kinds = ", ".join(f"{sign}{kind}: 1" for kind in ("char", "short", "int", "long", "long long")
-                      for sign in ("signed ", "unsigned "))
-    return (f"#define main candidate_main\n{code}\n#undef main\n#include <stdio.h>\n"
-            f"int main(void) {{\n  long long posttrain_a[{max(width, 1)}];\n"
-            f"  _Static_assert(_Generic(({entry_point}({arguments})), _Bool: 1, char: 1, {kinds}, default: 0), "
-            f"\"{entry_point} must return an integer\");\n"
-            f"  for (int row = 0; row < {len(inputs)}; row++) {{\n"
-            f"    for (int i = 0; i < {width}; i++) if (scanf(\"%lld\", &posttrain_a[i]) != 1) return 1;\n"
-            f"    dprintf(3, \"%lld\\n\", (long long){entry_point}({arguments}));\n  }}\n  return 0;\n}}\n")
+    call = LANGUAGES[language].call
+    if call is None:
+        return Work(Job(language, "calls", code, inputs, check.entry_point, nonce), expected)
+    if not re.search(rf"\b{check.entry_point}\b", code):
+        raise NoFunction(f"no function {check.entry_point}")
+    return Work(Job(language, "programs", call(code, check.entry_point, inputs, nonce), [json.dumps(inputs)],
+                    check.entry_point, nonce, main="PosttrainCall"), expected)
 
 
 def verify_code(completion: str, check: Check, sandbox: Sandbox) -> Verdict:
@@ -157,7 +138,7 @@ def _finding(outcome: Outcome, work: Work) -> tuple[Reason, str]:
     for run in outcome.runs:
         if reason := _death(run, work):
             return reason, _last_words(run, work)
-    if work.job.mode == "programs" and all(isinstance(text, str) for text in work.expected):
+    if work.job.mode == "programs" and not work.job.nonce:
         for run, expected in zip(outcome.runs, work.expected, strict=True):
             if _lines(run["stdout"]) != _lines(expected):
                 return Reason.WRONG_OUTPUT, f"{run['stdout'][:100]!r} instead of {expected[:100]!r}"
@@ -174,7 +155,8 @@ def _death(run: dict[str, Any], work: Work) -> Reason | None:
         return Reason.OUTPUT_LIMIT
     if run["signal"] == signal.SIGXCPU or (run["signal"] == signal.SIGKILL and run["cpu_seconds"] > 1):
         return Reason.TIME_LIMIT
-    report = next(iter(_reports(run["channel"], work.job.nonce)[-1:]), {}) if work.job.language == "python" else {}
+    reports = work.job.language == "python" or work.job.nonce
+    report = next(iter(_reports(run["channel"], work.job.nonce)[-1:]), {}) if reports else {}
     if "error" in report:
         if report.get("stage") == "compile":
             return Reason.COMPILE_ERROR
@@ -189,14 +171,11 @@ def _death(run: dict[str, Any], work: Work) -> Reason | None:
 
 
 def _compare_calls(run: dict[str, Any], work: Work) -> tuple[Reason, str]:
-    if work.job.language == "c":
-        values: list[Any] = [int(line) for line in run["channel"].split() if re.fullmatch(r"-?\d{1,20}", line)]
-    else:
-        values = [_plain(report["value"]) for report in _reports(run["channel"], work.job.nonce) if "value" in report]
+    values = [_plain(report["value"]) for report in _reports(run["channel"], work.job.nonce) if "value" in report]
     if len(values) < len(work.expected):
         return Reason.RUNTIME_ERROR, f"ended after {len(values)} of {len(work.expected)} results"
     for index, (value, expected) in enumerate(zip(values, work.expected, strict=False)):
-        if not same_value(value, expected):
+        if not same_value(value, expected, LANGUAGES[work.job.language].one_number_type):
             return Reason.WRONG_OUTPUT, f"test {index}: {value!r:.100} instead of {expected!r:.100}"
     return (Reason.ALL_PASSED, f"{len(values)} tests") if len(values) == len(work.expected) else \
         (Reason.WRONG_OUTPUT, f"{len(values)} results for {len(work.expected)} tests")
@@ -245,16 +224,23 @@ def _plain(value: Any) -> Any:
     return object()
 
 
-def same_value(value: Any, expected: Any) -> bool:
-    """Type-strict equality of JSON data: True is not 1, 1 is not 1.0; floats to 1e-9 relative."""
+def same_value(value: Any, expected: Any, one_number_type: bool = False) -> bool:
+    """Type-strict equality of JSON data: True is not 1, 1 is not 1.0; floats to 1e-9 relative.
+
+    one_number_type: 1 and 1.0 are the same, for languages that know no other.
+    """
+    if one_number_type and {type(value), type(expected)} == {int, float}:
+        value, expected = float(value), float(expected)
     if type(value) is not type(expected):
         return False
     if isinstance(value, float):
         return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
     if isinstance(value, list):
-        return len(value) == len(expected) and all(map(same_value, value, expected))
+        return len(value) == len(expected) and all(same_value(a, b, one_number_type)
+                                                   for a, b in zip(value, expected, strict=True))
     if isinstance(value, dict):
-        return value.keys() == expected.keys() and all(same_value(value[key], expected[key]) for key in value)
+        return value.keys() == expected.keys() and all(same_value(value[key], expected[key], one_number_type)
+                                                       for key in value)
     return bool(value == expected)
 
 

@@ -8,6 +8,7 @@ text after the thinking, or a single fenced code block.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from rewards.reasons import Reason
@@ -122,13 +123,12 @@ def single_value(box: str, reference: str) -> Extracted:
 
 
 _FENCE = re.compile(r"^[ \t]*```(.*)$", re.MULTILINE)
-_LANGUAGES = {"python": {"python", "py", "python3"}, "c": {"c"}}
 
 
-def code_block(answer: str, language: str) -> Extracted:
-    """The code of the one fenced block of an answer; it must carry the language's name."""
+def code_block(answer: str, names: Collection[str]) -> Extracted:
+    """The code of the one fenced block of an answer; it must carry one of the language's names."""
     fences = list(_FENCE.finditer(answer))
-    if len(fences) != 2 or fences[1].group(1).strip() or fences[0].group(1).strip().lower() not in _LANGUAGES[language]:
+    if len(fences) != 2 or fences[1].group(1).strip() or fences[0].group(1).strip().lower() not in names:
         return Extracted(None, Reason.NO_CODE_BLOCK)
     code = answer[fences[0].end() + 1:fences[1].start()]
     return Extracted(code, None) if code.strip() else Extracted(None, Reason.NO_CODE_BLOCK)

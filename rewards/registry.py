@@ -93,9 +93,14 @@ class Verifier:
                     self._sandboxes.put(sandbox)
                 self._started = True
 
-    def run_canaries(self, kinds: Sequence[str] = ("math", "exact", "code")) -> None:
-        """Verify answers whose verdicts are known; raises StageError naming the first that comes out otherwise."""
-        rows = [row for row in CANARIES if row[0].kind in kinds]
+    def run_canaries(self, kinds: Sequence[str] = ("math", "exact", "code"),
+                     languages: Sequence[str] = ("python", "c")) -> None:
+        """Verify answers whose verdicts are known; raises StageError naming the first that comes out otherwise.
+
+        languages: those of the code that will be verified.
+        """
+        rows = [row for row in CANARIES if row[0].kind in kinds
+                and (row[0].language is None or row[0].language in languages)]
         problems = [Problem(f"canary-{i}", "canary", "canary", (), check, "canary", "rl")
                     for i, (check, _, _) in enumerate(rows)]
         verdicts = self.verify_batch(problems, [completion for _, completion, _ in rows])
@@ -123,8 +128,8 @@ def _prompt(problem: Problem) -> str:
 
 
 _ADD = json.dumps([{"args": [2, 3], "expected": 5}, {"args": [-1, 1], "expected": 0}])
-_PYTHON = Check("code", language="python", entry_point="add", tests=_ADD)
-_C = Check("code", language="c", entry_point="add", tests=_ADD)
+_PYTHON, _C, _CPP, _JAVASCRIPT, _JAVA = (Check("code", language=name, entry_point="add", tests=_ADD)
+                                         for name in ("python", "c", "cpp", "javascript", "java"))
 _HOSTILE = """class Same(int):
     __eq__ = __ne__ = __bool__ = lambda *_: True
     __repr__ = lambda _: "5"
@@ -144,4 +149,14 @@ CANARIES: tuple[tuple[Check, str, bool], ...] = (
     (_C, "```c\nint add(int a, int b) { return a + b; }\n```", True),
     (_C, "```c\nint add(int a, int b) { return a - b; }\n```", False),
     (_C, '```c\n#include <stdlib.h>\nint add(int a, int b) { exit(0); }\n```', False),
+    (_CPP, "```cpp\nint add(int a, int b) { return a + b; }\n```", True),
+    (_CPP, "```cpp\nint add(int a, int b) { return a - b; }\n```", False),
+    (_CPP, "```cpp\n#include <cstdlib>\nint add(int a, int b) { std::exit(0); }\n```", False),
+    (_JAVASCRIPT, "```javascript\nfunction add(a, b) { return a + b; }\n```", True),
+    (_JAVASCRIPT, "```javascript\nfunction add(a, b) { return a - b; }\n```", False),
+    (_JAVASCRIPT, "```javascript\nJSON.stringify = () => '{\"value\": 5}';\n"
+                  "function add(a, b) { return { valueOf: () => 5 }; }\n```", False),
+    (_JAVA, "```java\nclass A { static int add(int a, int b) { return a + b; } }\n```", True),
+    (_JAVA, "```java\nclass A { static int add(int a, int b) { return a - b; } }\n```", False),
+    (_JAVA, "```java\nclass A { static int add(int a, int b) { System.exit(0); return 5; } }\n```", False),
 )

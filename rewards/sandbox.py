@@ -1,4 +1,4 @@
-"""Run untrusted Python and C programs without Docker or root: bubblewrap, seccomp, limits, a watcher.
+"""Run untrusted programs without Docker or root: bubblewrap, seccomp, limits, a watcher.
 
 What holds a program in:
 - as root, an unprivileged uid first (setpriv): RLIMIT_NPROC does nothing for root;
@@ -30,6 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from rewards.languages import LANGUAGES
 from rewards.seccomp_filter import SandboxUnavailable, filter_descriptor, filter_program
 
 Isolation = Literal["bubblewrap", "rlimits"]
@@ -63,17 +64,18 @@ class Job:
     """One program and all its inputs.
 
     mode: "calls" (`inputs` are argument lists of `entry_point`), "programs" (`inputs` are stdin texts, one
-    process each; the only mode of language "c") or "asserts" (`secret` has the asserts' source, which the
-    candidate's process never holds).
+    process each; the only mode outside Python) or "asserts" (`secret` has the asserts' source, which the
+    candidate's process never holds). language: a key of `languages.LANGUAGES`; main: the class to start, for Java.
     """
 
-    language: Literal["python", "c"]
+    language: str
     mode: Literal["calls", "programs", "asserts"]
     code: str
     inputs: Sequence[Any] = ()
     entry_point: str | None = None
     nonce: str = ""
     secret: str | None = None
+    main: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Outcome:
     """status: "done", "time_limit" (wall), "memory_limit" or "lost" (the program killed its supervisor).
 
     runs: one dict per process: exit, signal, output_limit, cpu_seconds, stdout, stderr, channel.
-    compile: the same for gcc when it failed; candidate: the candidate's process in mode "asserts".
+    compile: the same for the compiler when it failed; candidate: the candidate's process in mode "asserts".
     """
 
     status: str
@@ -178,11 +180,17 @@ def check_available(isolation: Isolation) -> None:
 def _write_jobs(file: Any, jobs: Sequence[Job], limits: Limits) -> None:
     parts = []
     for job in jobs:
-        fields = asdict(job)
+        language = LANGUAGES[job.language]
+        fields = asdict(job) | {
+            "source": language.source, "compile": language.compile,
+            "run": [word.format(main=job.main) for word in language.run],
+            "limits": {"address_bytes": max(limits.address_bytes, language.address_bytes)}}
         secret = fields.pop("secret")
         parts.append((json.dumps(fields).encode(),
                       b"" if secret is None else json.dumps({"assert_code": secret}).encode()))
-    header = {"sizes": [[len(first), len(second)] for first, second in parts], "limits": asdict(limits)}
+    sizes = [[len(first), len(second), limits.memory_bytes + LANGUAGES[job.language].memory_bytes]
+             for job, (first, second) in zip(jobs, parts, strict=True)]
+    header = {"sizes": sizes, "limits": asdict(limits)}
     file.write(json.dumps(header).encode() + b"\n" + b"".join(first + second for first, second in parts))
     file.flush()
     file.seek(0)
@@ -235,6 +243,8 @@ def _bwrap(limits: Limits, info_fd: int, filter_fd: int) -> list[str]:
              for arg in ("--symlink", f"usr/{name}", f"/{name}")]
     binds = [arg for name in ("bin", "sbin", "lib", "lib64") if os.path.isdir(f"/{name}") and not
              os.path.islink(f"/{name}") for arg in ("--ro-bind", f"/{name}", f"/{name}")]
+    # Debian's Java reads its settings there
+    binds += [arg for path in Path("/etc").glob("java-*-openjdk") for arg in ("--ro-bind", str(path), str(path))]
     return [shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net",
             "--unshare-uts", "--unshare-cgroup-try", "--disable-userns", "--die-with-parent", "--new-session",
             "--as-pid-1", "--cap-drop", "ALL", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr", *links, *binds,

@@ -10,7 +10,7 @@ only the standard library. Three kinds of process, so that no job can read or ch
 - the *candidate*, forked from the supervisor, holds its own code and inputs and nothing else. Memory and
   descriptors of keeper and supervisor are closed to it (not dumpable; ptrace and friends refused by seccomp).
 
-Input (descriptor 0, a seekable file): one line of JSON `{"sizes": [[size, size2], ...], "limits": {...}}`,
+Input (descriptor 0, a seekable file): one line of JSON `{"sizes": [[size, size2, memory], ...], "limits": {...}}`,
 then the jobs; the second part of a job (asserts) is read only after the candidate was forked.
 Output (descriptor 1): "@ready", then per job a line of JSON from the supervisor (absent or cut short when it
 was killed) and a line "@done", "@time_limit", "@memory_limit", "@lost" (its
@@ -33,8 +33,7 @@ import types
 
 harness = types.ModuleType("harness")  # filled from the text of sandbox_harness.py
 LOST = 3  # exit status of a supervisor that the candidate starved
-GCC = ["/usr/bin/gcc", "-x", "c", "-std=gnu11", "-O1", "-Werror=implicit-function-declaration",
-       "-Werror=int-conversion", "-Werror=incompatible-pointer-types", "-o", "program", "main.c", "-lm"]
+PATH = {"PATH": "/usr/bin:/bin"}
 
 
 # ---------------------------------------------------------------- keeper
@@ -50,7 +49,7 @@ def keep(strong, workdir):
     folders = [workdir, "/dev/shm"] if strong else [workdir]
     os.write(1, b"@ready\n")
     offset = header["offset"]
-    for size, size2 in header["sizes"]:
+    for size, size2, memory_bytes in header["sizes"]:
         pid = os.fork()
         if pid == 0:
             try:
@@ -61,7 +60,7 @@ def keep(strong, workdir):
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)
             os._exit(0)
-        status = watch(pid, limits)
+        status = watch(pid, limits["wall_seconds"], memory_bytes)
         kill_all(strong)
         os.write(1, b"\n@" + status.encode() + b"\n")
         offset += size + size2
@@ -76,16 +75,16 @@ def read_header():
     return dict(json.loads(line), offset=len(line))
 
 
-def watch(pid, limits):
+def watch(pid, wall_seconds, memory_bytes):
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    deadline = time.monotonic() + limits["wall_seconds"]
+    deadline = time.monotonic() + wall_seconds
     try:
         while not poll.poll(50):
             if time.monotonic() > deadline:
                 return "time_limit"
-            if resident_bytes() > limits["memory_bytes"]:
+            if resident_bytes() > memory_bytes:
                 return "memory_limit"
     finally:
         os.close(pidfd)
@@ -164,8 +163,9 @@ def empty(folder):
 
 def supervise(offset, size, size2, limits):
     job = json.loads(os.pread(0, size, offset))
-    if job["language"] == "c":
-        result = supervise_c(job, limits)
+    limits = dict(limits, **job["limits"])
+    if job["run"]:
+        result = supervise_program(job, limits)
     elif job["mode"] == "asserts":
         result = supervise_asserts(job, offset + size, size2, limits)
     elif job["mode"] == "calls":
@@ -177,14 +177,15 @@ def supervise(offset, size, size2, limits):
         line = line[os.write(1, line):]
 
 
-def supervise_c(job, limits):
-    with open("main.c", "w") as file:
+def supervise_program(job, limits):
+    with open(job["source"], "w") as file:
         file.write(job["code"])
-    generous = dict(limits, cpu_seconds=10, file_bytes=max(limits["file_bytes"], 1 << 24))
-    compiled = Child(lambda: os.execve(GCC[0], GCC, {"PATH": "/usr/bin:/bin"}), generous).wait()
-    if compiled["exit"] != 0:
-        return {"compile": compiled, "runs": []}
-    return {"runs": run_programs(lambda: os.execve("./program", ["program"], {}), job["inputs"], limits)}
+    if job["compile"]:
+        generous = dict(limits, cpu_seconds=10, file_bytes=max(limits["file_bytes"], 1 << 24))
+        compiled = Child(lambda: os.execve(job["compile"][0], job["compile"], PATH), generous).wait()
+        if compiled["exit"] != 0:
+            return {"compile": compiled, "runs": []}
+    return {"runs": run_programs(lambda: os.execve(job["run"][0], job["run"], {}), job["inputs"], limits)}
 
 
 def run_programs(start, inputs, limits):

@@ -82,7 +82,8 @@ def open_verifier(judge: Judge | None, problems: Sequence[Problem]) -> Iterator[
     from rewards.registry import Verifier
 
     with Verifier(judge=judge) as verifier:
-        verifier.run_canaries(sorted({problem.check.kind for problem in problems} - {"principles"}))
+        verifier.run_canaries(sorted({problem.check.kind for problem in problems} - {"principles"}),
+                              sorted({problem.check.language or "python" for problem in problems}))
         yield verifier
 
 

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 
 from pipeline.records import Check, Status
-from rewards.code import c_program, same_value, verify_code, verify_code_batch
+from rewards.code import same_value, verify_code, verify_code_batch
+from rewards.languages import LANGUAGES, c_call
 from rewards.sandbox import SandboxFailure
 
 TESTS = json.dumps([{"args": [i], "expected": i + 1} for i in range(4)])
@@ -15,6 +17,11 @@ def check(candidate):
     for x in range(3):
         assert candidate([x], k=(x, 2)) == {x: [x + SECRET - 416]}, "wrong"
 """}]))
+
+
+def needs(language):
+    if tool := LANGUAGES[language].missing():
+        pytest.skip(f"{tool} is not installed")
 
 
 def block(code, language="python"):
@@ -90,9 +97,9 @@ def test_c_functions_get_the_reason_they_deserve(sandbox, code, reason):
 
 def test_tests_of_c_functions_must_be_rows_of_integers():
     with pytest.raises(ValueError, match="integers"):
-        c_program("int f(int x);", "f", [[1], [2, 3]])
+        c_call("int f(int x);", "f", [[1], [2, 3]], "")
     with pytest.raises(ValueError, match="integers"):
-        c_program("int f(int x);", "f", [[1.5]])
+        c_call("int f(int x);", "f", [[1.5]], "")
 
 
 def test_whole_programs_are_compared_on_their_output(sandbox):
@@ -104,6 +111,95 @@ def test_whole_programs_are_compared_on_their_output(sandbox):
     assert verify_code(block(good + "\nundefined"), python, sandbox).reason == "runtime_error"
     program = '#include <stdio.h>\nint main(void) { int a, b; scanf("%d %d", &a, &b); printf("%d ", a + b); }'
     assert verify_code(block(program, "c"), c, sandbox).status is Status.CORRECT
+
+
+SOLVED = {
+    "python": "def f(xs, k, name): return [name] + [str(x * k) for x in xs]",
+    "cpp": """#include <string>
+#include <vector>
+std::vector<std::string> f(std::vector<double> xs, int k, std::string name) {
+    std::vector<std::string> out = {name};
+    for (double x : xs) { std::string s = std::to_string(x * k); s.erase(s.find('.') + 2); out.push_back(s); }
+    return out;
+}""",
+    "javascript": "const f = (xs, k, name) => [name, ...xs.map((x) => (x * k).toFixed(1))]",
+    "java": """import java.util.*;
+public class Solution {
+    List<String> f(double[] xs, int k, String name) {
+        List<String> out = new ArrayList<>(List.of(name));
+        for (double x : xs) out.add(String.valueOf(x * k));
+        return out;
+    }
+}""",
+}
+MIXED = [{"args": [[1.5, -2.0], 2, 'a "b"\n\\u0041\u00e9'], "expected": ['a "b"\n\\u0041\u00e9', "3.0", "-4.0"]},
+         {"args": [[], 0, ""], "expected": [""]}]
+
+
+@pytest.mark.parametrize("language", SOLVED)
+def test_functions_take_and_return_lists_texts_and_numbers(sandbox, language):
+    needs(language)
+    check = Check("code", language=language, entry_point="f", tests=json.dumps(MIXED))
+    found = verify_code(block(SOLVED[language], language), check, sandbox)
+    assert found.reason == "all_passed", found.evidence
+    other = [{**test, "expected": [*test["expected"], "x"]} for test in MIXED]
+    check = Check("code", language=language, entry_point="f", tests=json.dumps(other))
+    assert verify_code(block(SOLVED[language], language), check, sandbox).reason == "wrong_output"
+
+
+@pytest.mark.parametrize(("language", "code", "reason"), [
+    ("cpp", "int f(int x) { return x + 1; }", "all_passed"),
+    ("cpp", "long f(long x) { return x + 1; }\nint main() { return 3; }", "all_passed"),
+    ("cpp", "double f(int x) { return x + 1; }", "wrong_output"),
+    ("cpp", "int f(int x) { return x }", "compile_error"),
+    ("cpp", "#include <stdexcept>\nint f(int x) { throw std::runtime_error(\"no\"); }", "runtime_error"),
+    ("cpp", "#include <vector>\nint f(int x) { std::vector<long> v; for (;;) v.resize(v.size() + 999999, 1); }",
+     "memory_limit"),
+    ("cpp", "int f(int x) { for (volatile int i = 0;;) i = x; }", "time_limit"),
+    ("cpp", "int g(int x) { return x + 1; }", "no_function"),
+    ("javascript", "function f(x) { return x + 1; }", "all_passed"),
+    ("javascript", "class A { g(x) { return x + 1 } }\nvar f = new A().g", "all_passed"),
+    ("javascript", "function f(x) { return String(x + 1); }", "wrong_output"),
+    ("javascript", "function f(x) { return { valueOf() { return x + 1; } }; }", "wrong_output"),
+    ("javascript", "function f(x) { return x + ; }", "compile_error"),
+    ("javascript", "function f(x) { throw new Error('no'); }", "runtime_error"),
+    ("javascript", "function f(x) { const v = []; for (;;) v.push(new Array(999999).fill(1.5)); }", "memory_limit"),
+    ("javascript", "function f(x) { for (;;) ; }", "time_limit"),
+    ("javascript", "function g(f) { return f + 1; }", "no_function"),
+    ("java", "class Main { static int f(int x) { return x + 1; } }", "all_passed"),
+    ("java", "public class A { private long f(long x) { System.out.println(9); return x + 1; } }", "all_passed"),
+    ("java", "class A { static double f(int x) { return x + 1; } }", "wrong_output"),
+    ("java", "class A { static int f(int x) { return x } }", "compile_error"),
+    ("java", "class A { static int f(int x) { return x / 0; } }", "runtime_error"),
+    ("java", "class A { static int f(int x) { var v = new java.util.ArrayList<long[]>(); "
+             "for (;;) v.add(new long[99999]); } }", "memory_limit"),
+    ("java", "class A { static int f(int x) { for (;;) ; } }", "time_limit"),
+    ("java", "class A { static int f(int x, int y) { return x + 1; } }", "no_function"),
+])
+def test_functions_of_other_languages_get_the_reason_they_deserve(sandbox, language, code, reason):
+    needs(language)
+    check = Check("code", language=language, entry_point="f", tests=TESTS)
+    found = verify_code(block(code, language), check, sandbox)
+    assert found.reason == reason, found.evidence
+
+
+PROGRAMS = {
+    "python": "print(sum(map(int, input().split())))",
+    "c": '#include <stdio.h>\nint main(void) { int a, b; scanf("%d %d", &a, &b); printf("%d\\n", a + b); }',
+    "cpp": "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b; }",
+    "javascript": "const [a, b] = require('fs').readFileSync(0, 'utf8').split(' ').map(Number)\nconsole.log(a + b)",
+    "java": "import java.util.Scanner;\nclass Pair {}\npublic class Main {\n  public static void main(String[] a) {\n"
+            "    Scanner in = new Scanner(System.in);\n    System.out.println(in.nextInt() + in.nextInt());\n  }\n}",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_programs_of_every_language_read_stdin_and_are_compared_on_stdout(sandbox, language):
+    needs(language)
+    for expected, reason in (("5", "all_passed"), ("6", "wrong_output")):
+        check = Check("code", language=language, tests=json.dumps([{"stdin": "2 3\n", "expected": expected}]))
+        found = verify_code(block(PROGRAMS[language], language), check, sandbox)
+        assert found.reason == reason, found.evidence
 
 
 @pytest.mark.parametrize(("code", "reason"), [
@@ -144,6 +240,23 @@ def test_unusable_tests_are_the_checks_fault_and_no_wrong_answer(sandbox):
                   Check("code", language="python", entry_point="f", tests=None)):
         found = verify_code(block("def f(x): return x"), check, sandbox)
         assert (found.status, found.reason, found.score) == (Status.INFRA_ERROR, "bad_check", None)
+
+
+def test_a_missing_toolchain_is_the_machines_fault_and_no_wrong_answer(sandbox, monkeypatch):
+    monkeypatch.setitem(LANGUAGES, "cpp", dataclasses.replace(LANGUAGES["cpp"], compile=("/usr/bin/nothing", "x")))
+    found = verify_code(block("int f(int x) { return x + 1; }", "cpp"), Check("code", language="cpp", entry_point="f",
+                                                                              tests=TESTS), sandbox)
+    assert (found.status, found.score) == (Status.INFRA_ERROR, None)
+    assert found.evidence == "/usr/bin/nothing is missing; apt-get install g++"
+
+
+@pytest.mark.parametrize(("language", "tests"), [
+    ("c", [{"args": ["text"], "expected": 1}]), ("cpp", [{"args": [{"a": 1}], "expected": 1}]),
+    ("java", [{"args": [2**63], "expected": 1}])])
+def test_arguments_that_a_language_cannot_take_are_the_checks_fault(sandbox, language, tests):
+    needs(language)
+    check = Check("code", language=language, entry_point="f", tests=json.dumps(tests))
+    assert verify_code(block("f", language), check, sandbox).reason == "bad_check"
 
 
 def test_a_broken_sandbox_is_an_infrastructure_error_for_each_candidate():

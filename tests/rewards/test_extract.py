@@ -76,8 +76,8 @@ def test_a_named_value_and_a_wanted_alternative_are_accepted():
 
 def test_code_is_read_from_exactly_one_block_of_its_language():
     block = "```python\nx = 1\n```"
-    assert code_block(f"Here:\n{block}\nDone.", "python").value == "x = 1\n"
+    assert code_block(f"Here:\n{block}\nDone.", ("python",)).value == "x = 1\n"
     for text in ("x = 1", f"{block}\n{block}", "```python\nx = 1\n", "```\nx = 1\n```", block.replace("python", "c"),
                  "```python\n\n```"):
-        assert code_block(text, "python").reason is Reason.NO_CODE_BLOCK
-    assert code_block("```c\nint x;\n```", "c").value == "int x;\n"
+        assert code_block(text, ("python",)).reason is Reason.NO_CODE_BLOCK
+    assert code_block("```c\nint x;\n```", ("c",)).value == "int x;\n"
