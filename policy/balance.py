@@ -24,7 +24,6 @@ class RouterProbe:
                                          if hasattr(module, "e_score_correction_bias")]
         self.token_mask: torch.Tensor | None = None  # [batch, tokens] bool; set before each forward pass
         self.logits: list[tuple[nn.Module, torch.Tensor]] = []
-        self.enabled = True
         self.reset()
         for index, router in enumerate(self.routers):
             router.register_forward_hook(self._watch(index))
@@ -39,7 +38,7 @@ class RouterProbe:
 
     def _watch(self, index: int):
         def hook(router: nn.Module, _inputs, output) -> None:
-            if not (self.enabled and torch.is_grad_enabled()) or self.token_mask is None:
+            if not torch.is_grad_enabled() or self.token_mask is None:
                 return
             logits, _, chosen = output
             mask = self._mask_for(chosen.shape[0])
