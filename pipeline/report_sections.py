@@ -94,10 +94,12 @@ def evaluation_section(run: RunView) -> str:
         notes.append(f"{', '.join(sorted(run.judged))}: wins against the base model's answer, a tie counts half. "
                      "A program decides where it can measure the principles (“principles met”; never a reward), the "
                      "run's own reward model in both orders elsewhere.")
+    columns = ["domain", "model", "n", "accuracy or win rate", "95% interval", f"pass@{k}", "principles met"]
+    if not run.judged:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return gap + tag("div", *panels, class_="panels wide") + \
         "".join(tag("p", text(note), class_="note") for note in notes) + \
-        table(["domain", "model", "n", "accuracy or win rate", "95% interval", f"pass@{k}", "principles met"], rows,
-              right=(2, 3, 4, 5, 6), caption="Evaluation in numbers")
+        table(columns, rows, right=range(2, len(columns)), caption="Evaluation in numbers")
 
 
 # -- funnel ----------------------------------------------------------------------------------------------------
