@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import sys
@@ -22,6 +23,7 @@ from pipeline.stage import Stage
 from pipeline.workflow_lookup import existing_run, find_recipe, load_stages, open_run
 
 PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe
+COMMANDS = ("rewards.commands",)  # modules of other packages that bring commands of their own
 STATE_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "stale": "magenta", "waiting": "dim"}
 
 app = typer.Typer(
@@ -229,6 +231,8 @@ def _complain(text: str, style: str = "red") -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 1 a run that cannot go on, 2 a recipe or command that is wrong, 130 interrupted."""
+    for name in COMMANDS:
+        importlib.import_module(name).register(app)
     try:
         app()
     except (RecipeError, GraphError) as error:
