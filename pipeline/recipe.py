@@ -149,10 +149,11 @@ class TrainConfig(Section):
 
 
 class RewardWeights(Section):
-    """Weights of the rule rewards (DeepSeek-R1 section 2.2.2: summed with equal weight)."""
+    """Weights of a reward's parts (DeepSeek-R1 sections 2.2.2 and 2.3.2: summed with equal weight)."""
 
     accuracy: Annotated[float, Field(ge=0)] = 1.0
     format: Annotated[float, Field(ge=0)] = 1.0
+    language: Annotated[float, Field(ge=0)] = Field(1.0, description="share of words in the script of the question")
 
 
 class GrpoConfig(Section):

@@ -136,6 +136,7 @@ class Rollout:
     policy_version: int  # optimizer steps behind the weights that sampled it
     text: str
     reward: float | None
+    parts: dict[str, float | None]  # what the reward is the weighted sum of; accuracy is None where it is
     advantage: float | None
     verdict: Verdict
 
@@ -151,6 +152,7 @@ class Checkpoint:
 _VERDICT = pa.struct([("status", pa.string()), ("score", pa.float64()), ("reason", pa.string()),
                       ("verifier", pa.string()), ("version", pa.string()), ("seconds", pa.float64()),
                       ("evidence", pa.string())])
+_PARTS = pa.struct([(name, pa.float64()) for name in ("accuracy", "format", "language")])
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _CHECK = pa.struct([("kind", pa.string()), ("reference", pa.string()), ("language", pa.string()),
                     ("entry_point", pa.string()), ("tests", pa.string()), ("principles", pa.list_(pa.string()))])
@@ -167,7 +169,8 @@ SCHEMAS: dict[type, pa.Schema] = {
                         ("step", pa.int64()), ("sample_index", pa.int64()),
                         ("prompt_ids", pa.list_(pa.int32())), ("completion_ids", pa.list_(pa.int32())),
                         ("logprobs", pa.list_(pa.float32())), ("policy_version", pa.int64()),
-                        ("text", pa.string()), ("reward", pa.float64()), ("advantage", pa.float64()),
+                        ("text", pa.string()), ("reward", pa.float64()), ("parts", _PARTS),
+                        ("advantage", pa.float64()),
                         ("verdict", _VERDICT)]),
 }
 

@@ -69,7 +69,7 @@ def _spread(rows: Sequence[tuple[int, int, str, str]], count: int) -> list[tuple
 
 
 def _cards(run: RunView, stage: str, path: Path, chosen: Sequence[int]) -> str:
-    columns = ["id", "problem_id", "step", "policy_version", "text", "reward", "advantage", "verdict"]
+    columns = ["id", "problem_id", "step", "policy_version", "text", "reward", "parts", "advantage", "verdict"]
     records = ds.dataset(path, format="parquet").scanner(columns=columns, use_threads=False).take(chosen).to_pylist()
     problems = _problems(run, {record["problem_id"] for record in records})
     forms = {(line["step"], line["prompt_id"]): line["form"] for line in run.lines(stage, "ledger.jsonl")
@@ -103,6 +103,8 @@ def _card(run: RunView, stage: str, row: int, record: dict[str, Any], problem: d
     score = "none" if verdict["score"] is None else number(verdict["score"])
     facts = [("verdict", f"{verdict['status']}, {verdict['reason']}; score {score}; by {verdict['verifier']} "
                          f"{verdict['version']} in {number(verdict['seconds'])} s"),
+             ("reward", ", ".join(f"{name} {number(value)}" for name, value in record["parts"].items()
+                                  if value is not None) + ", each times its weight"),
              ("asked", {"reasoning": "with the reflective system prompt before it", None: "form not recorded",
                         "original": "as it stands"}.get(form, form)),
              ("ids", f"problem {record['problem_id']}, policy version {record['policy_version']}"),

@@ -87,7 +87,8 @@ def _rollout(record: dict[str, Any], console: Console) -> None:
     _field(console, "id", f"{record['id']}  {record['domain']}, step {record['step']}, problem {record['problem_id']}, "
                           f"policy version {record['policy_version']}")
     _field(console, "text", record["text"])
-    _field(console, "reward", record["reward"])
+    parts = [f"{name} {value:.4g}" for name, value in record["parts"].items() if value is not None]
+    _field(console, "reward", f"{record['reward']}  ({', '.join(parts)}, each times its weight)")
     _field(console, "advantage", record["advantage"])
     _field(console, "verdict", _verdict(record))
 

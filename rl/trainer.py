@@ -149,8 +149,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
             Rollout(id=content_id(prompt.problem.id, step, row), problem_id=prompt.problem.id,
                     domain=prompt.problem.domain, step=step, sample_index=row % config.group_size,
                     prompt_ids=tuple(ids), completion_ids=generation.token_ids, logprobs=generation.logprobs,
-                    policy_version=self.state.global_step, text=text, reward=score.reward, advantage=advantage,
-                    verdict=score.verdict)
+                    policy_version=self.state.global_step, text=text, reward=score.reward, parts=score.parts,
+                    advantage=advantage, verdict=score.verdict)
             for row, (prompt, ids, generation, text, score, advantage) in enumerate(
                 zip(prompts, encoded, generations, texts, scores, advantages, strict=True))], Rollout)
         return list(zip(encoded, generations, scores, strict=True))
@@ -198,6 +198,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         for domain, scored in by_domain.items():
             metrics[f"accuracy/{domain}"].append(sum(s.verdict.score for s in scored) / len(scored))
         everything = [score for scored in by_domain.values() for score in scored]
+        for name in sorted({name for score in everything for name in score.parts}):
+            metrics[f"part/{name}"].append(sum(score.parts[name] for score in everything) / len(everything))
         if everything:
             metrics["rollout_reward"].append(sum(s.reward for s in everything) / len(everything))
             metrics["rollout_accuracy"].append(sum(s.verdict.score for s in everything) / len(everything))

@@ -109,7 +109,7 @@ def scorer(verifier: Verifier, weights: RewardWeights) -> Scorer:
         verdicts = verifier.verify_batch([prompt.problem for prompt in prompts], list(texts))
         scores = []
         for prompt, text, verdict in zip(prompts, texts, verdicts, strict=True):
-            parts, reward = compose(verdict, text, prompt.form, weights)
+            parts, reward = compose(verdict, text, prompt.problem.messages[-1]["content"], prompt.form, weights)
             scores.append(Score(verdict, reward, parts))
         return scores
 

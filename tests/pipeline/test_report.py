@@ -170,6 +170,7 @@ class MadeUp:
                     rollouts.append(Rollout(
                         f"{domain}-{step}-{member}", f"{domain}-{index}", domain, step, member, (1, 2), (3, 4),
                         (-0.5, -0.1), step, body if step % 3 else HOSTILE, verdict.score,
+                        {"accuracy": verdict.score, "format": 1.0, "language": 1.0},
                         None if verdict.score is None else verdict.score - 0.5, verdict))
         write_table(out / "rollouts.parquet", rollouts, Rollout)
         (out / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))

@@ -7,6 +7,7 @@ from pipeline.records import Check, Problem, Status, Verdict
 from pipeline.stage import StageError
 from rewards.compose import compose
 from rewards.judge import Judge
+from rewards.language import consistency
 from rewards.languages import LANGUAGES
 from rewards.registry import Verifier
 
@@ -79,5 +80,25 @@ def verdict(status, score):
     (Status.INFRA_ERROR, None, "<think>t</think>a", "reasoning", {"format": 1.0}, None),
     (Status.ABSTAIN, None, "a", "original", {"format": 1.0}, None),
 ])
-def test_rewards_are_the_weighted_sum_of_accuracy_and_format(status, score, completion, form, parts, total):
-    assert compose(verdict(status, score), completion, form, RewardWeights(accuracy=2.0)) == (parts, total)
+def test_rewards_are_the_weighted_sum_of_their_parts(status, score, completion, form, parts, total):
+    weights = RewardWeights(accuracy=2.0, language=0.5)
+    assert compose(verdict(status, score), completion, "Why so?", form, weights) == (
+        {**parts, "language": 1.0}, None if total is None else total + 0.5)
+    mixed = completion + " so \u6211\u4eec"
+    assert compose(verdict(status, score), mixed, "Why so?", form, weights)[0]["language"] < 1
+
+
+@pytest.mark.parametrize(("text", "prompt", "share"), [
+    ("We add four apples.", "How many apples?", 1.0),
+    ("We add \u56db\u4e2a apples.", "How many apples?", 3 / 5),
+    ("\u6211\u4eec\u52a0\u56db", "\u6709\u591a\u5c11\u4e2a", 1.0),
+    ("First \u6211\u4eec\u52a0", "\u6709\u591a\u5c11\u4e2a", 3 / 4),
+    ("\u041c\u044b \u0441\u043a\u043b\u0430\u0434\u044b\u0432\u0430\u0435\u043c four", "How many?", 1 / 3),
+    ("\u3053\u308c\u306f\u6f22\u5b57\u3067\u3059", "\u3044\u304f\u3064\u3067\u3059\u304b", 1.0),
+    (r"$x + y = \frac{a}{b}$, 12 -> 3", "\u6709\u591a\u5c11\u4e2a", 1.0),  # formulas have no language
+    ("```python\ndef total(items): return sum(items)\n```", "\u6709\u591a\u5c11\u4e2a", 1.0),
+    ("<think>\u6211\u4eec</think>\u597d", "\u6709\u591a\u5c11", 1.0),
+    ("words", "12 + 3 =", 1.0),
+])
+def test_language_is_the_share_of_words_in_the_script_of_the_question(text, prompt, share):
+    assert consistency(text, prompt) == pytest.approx(share)
