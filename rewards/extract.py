@@ -103,11 +103,17 @@ _HEDGES = re.compile(r"\b(or|either|neither|not|isn't|maybe|perhaps|possibly|pro
 _NAME = re.compile(r"\\?[a-zA-Z]+(_\{?\w+\}?)?(\s*\([a-z]\))?")
 
 
+_RELATION = re.compile(r"[<>\u2264\u2265]|\\[gl](eq?|t|eqslant)\b")
+
+
 def single_value(box: str, reference: str) -> Extracted:
     """The value a mathematical box commits to.
 
-    A leading "x =" is dropped. Hedges, negations and other "=" are refused, unless the reference has them too.
+    A leading "x =" is dropped. Hedges, negations and other "=" are refused, unless the reference has them too, and so
+    are inequalities, unless the reference is one or an interval.
     """
+    if _RELATION.search(box) and not (_RELATION.search(reference) or "," in reference or "\\infty" in reference):
+        return Extracted(None, Reason.HEDGED_BOX)
     for match in _HEDGES.finditer(box):
         if match.group().lower() not in reference.lower():
             return Extracted(None, Reason.HEDGED_BOX)

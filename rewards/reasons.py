@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pipeline.records import UNSCORED, Status, Verdict
 
-VERSION = "1"  # raise it when a verifier's decision on any text changes
+VERSION = "2"  # raise it when a verifier's decision on any text changes
 
 
 class Reason(StrEnum):
@@ -29,7 +29,7 @@ class Reason(StrEnum):
     EMPTY_BOX = "empty_box", "the box is empty"
     DIFFERING_BOXES = "differing_boxes", "the answer has boxes with different contents"
     NEGATED_BOX = "negated_box", "the text around the box says that it is not the answer"
-    HEDGED_BOX = "hedged_box", "the box holds a hedge, a negation or an alternative"
+    HEDGED_BOX = "hedged_box", "the box holds a hedge, a negation, an alternative or a bound"
     CHAIN_IN_BOX = "chain_in_box", "the box holds an equation or a chain of '=' instead of a value"
     TOO_COMPLEX = "too_complex", "too long, nested or tall to be compared safely"
     NO_CODE_BLOCK = "no_code_block", "not exactly one fenced block of the language asked for"

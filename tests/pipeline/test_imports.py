@@ -1,6 +1,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def test_the_command_line_loads_no_ray_torch_or_vllm():
             "print(sorted({'ray', 'torch', 'vllm', 'transformers', 'trl'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_package_is_shipped():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = [".".join(path.parent.relative_to(ROOT).parts) for top in MAY_IMPORT
+             for path in (ROOT / top).rglob("__init__.py")]
+    assert sorted(set(there) - set(listed)) == []
 
 
 def test_stages_declare_what_their_functions_import():
