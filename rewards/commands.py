@@ -99,10 +99,11 @@ def audit_rewards(
 
 def _print_audit(rows: dict[str, dict[tuple[str, str], dict[str, int]]]) -> None:
     first = next(iter(rows.values()))
-    table = Table("family", "exploit", "cases", *(f"{name}: paid / twins refused" for name in rows), box=None,
-                  header_style="bold", pad_edge=False)
+    table = Table("family", "exploit", "cases", *rows, box=None, header_style="bold", pad_edge=False)
     for (family, kind), row in first.items():
+        cells = [found[family, kind] for found in rows.values()]
         table.add_row(family, kind, str(row["cases"]),
-                      *(f"{found[family, kind]['paid']} / {found[family, kind]['refused']}" for found in rows.values()),
+                      *(f"{cell['paid']} / {cell['refused']}" if cell["told"] else "-" for cell in cells),
                       style="bold" if kind == "all" else None)
+    typer.echo("exploits paid / honest twins refused; - where a reward has no word")
     Console().print(table)

@@ -37,6 +37,11 @@ Isolation = Literal["bubblewrap", "rlimits"]
 DRIVER = Path(__file__).with_name("sandbox_driver.py")
 HARNESS = Path(__file__).with_name("sandbox_harness.py")
 PYTHON = "/usr/bin/python3"
+COMPILE = ("import binascii, marshal, sys; code = compile(sys.stdin.read(), sys.argv[1], 'exec')\n"
+           "print(binascii.b2a_base64(marshal.dumps(code)).decode())")
+START = ("import binascii, marshal, sys\n"
+         "driver, harness_code = (marshal.loads(binascii.a2b_base64(text)) for text in sys.argv[3:5])\n"
+         "exec(driver); start(sys.argv[1] == 'strong', sys.argv[2], harness_code)")
 FIRST_UID = 61000  # pool of uids for root; one per slot, so that RLIMIT_NPROC counts one sandbox only
 MAX_OUTPUT = 64 << 20  # bytes read back from one sandbox, all jobs together
 
@@ -135,8 +140,8 @@ class Sandbox:
         filter_fd = filter_descriptor() if self.isolation == "bubblewrap" else -1
         passed = [info_write] + ([filter_fd] if filter_fd >= 0 else [])
         strong = self.isolation == "bubblewrap"
-        driver = [PYTHON, "-s", "-S", "-B", "-X", "utf8", "-c", _source(DRIVER),
-                  "strong" if strong else "weak", "/tmp" if strong else workdir, _source(HARNESS)]
+        driver = [PYTHON, "-s", "-S", "-B", "-X", "utf8", "-c", START, "strong" if strong else "weak",
+                  "/tmp" if strong else workdir, _compiled(DRIVER), _compiled(HARNESS)]
         command = [*_drop_root(self.slot), *(_bwrap(self.limits, info_write, filter_fd) if strong else []), *driver]
         try:
             process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -268,5 +273,7 @@ def _first_process(info_read: int) -> int:
 
 
 @cache
-def _source(path: Path) -> str:
-    return path.read_text()
+def _compiled(path: Path) -> str:
+    """The file's bytecode for PYTHON as base64, made once: compiling it takes longer than running it."""
+    return subprocess.run([PYTHON, "-s", "-S", "-c", COMPILE, path.name], input=path.read_text(), check=True,
+                          capture_output=True, text=True).stdout.strip()

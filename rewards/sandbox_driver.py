@@ -1,6 +1,6 @@
 """The first process of a sandbox: runs jobs one after another and cannot be hurt by them.
 
-`rewards/sandbox.py` passes this file's text to a bare system interpreter inside the sandbox, so it imports
+`rewards/sandbox.py` passes this file's bytecode to a bare system interpreter inside the sandbox, so it imports
 only the standard library. Three kinds of process, so that no job can read or change another's result:
 
 - the *keeper* (this process, pid 1 of the namespace) never holds a job's data. As pid 1 it cannot be killed
@@ -319,6 +319,7 @@ def enter(descriptors, limits):
         resource.setrlimit(which, (soft, hard))
 
 
-if __name__ == "__main__":
-    exec(compile(sys.argv[3], "sandbox_harness.py", "exec"), harness.__dict__)
-    keep(sys.argv[1] == "strong", sys.argv[2])
+def start(strong, workdir, harness_code):
+    exec(harness_code, harness.__dict__)
+    keep(strong, workdir)
+    os._exit(0)  # an interpreter takes milliseconds to end properly

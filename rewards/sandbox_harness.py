@@ -1,6 +1,6 @@
 """What runs in a candidate's process: its code and inputs, results out as tagged JSON on a private channel.
 
-Loaded by `sandbox_driver.py` from this file's text (inside a sandbox the project is not importable), so it
+Loaded by `sandbox_driver.py` from this file's bytecode (inside a sandbox the project is not importable), so it
 imports only the standard library. The expected answers are never here: a program that fakes its result
 lines can only claim other outputs, and is compared on those.
 """

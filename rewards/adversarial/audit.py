@@ -39,6 +39,11 @@ class Finding:
         return self.exploit is not None and self.exploit >= PAID
 
     @property
+    def told(self) -> bool:
+        """Whether the reward had a word on the case at all: a math grader has none on code."""
+        return self.exploit is not None or self.twin is not None
+
+    @property
     def refused(self) -> bool:
         return self.case.twin is not None and (self.twin is None or self.twin < PAID)
 
@@ -151,14 +156,14 @@ def isolated(function: Callable[..., float | None], *arguments: Any) -> float | 
 
 
 def summary(findings: Sequence[Finding]) -> dict[tuple[str, str], dict[str, int]]:
-    """{(family, kind): {"cases", "paid", "twins", "refused"}}, families together under the kind "all"."""
+    """{(family, kind): {"cases", "told", "paid", "refused"}}, families together under the kind "all"."""
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for finding in findings:
         for kind in (finding.case.kind, "all"):
-            row = rows.setdefault((finding.case.family, kind), {"cases": 0, "paid": 0, "twins": 0, "refused": 0})
+            row = rows.setdefault((finding.case.family, kind), {"cases": 0, "told": 0, "paid": 0, "refused": 0})
             row["cases"] += 1
+            row["told"] += finding.told
             row["paid"] += finding.paid
-            row["twins"] += finding.case.twin is not None
-            row["refused"] += finding.refused
+            row["refused"] += finding.refused and finding.told
     return dict(sorted(rows.items(), key=lambda row: (row[0][0], row[0][1] == "all", row[0][1])))
 

@@ -7,8 +7,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_benchmark_of_the_rewards_runs_at_its_smallest_size(tmp_path):
-    done = subprocess.run(["env", f"PYTHONPATH={ROOT}", sys.executable, "benchmarks/verifier_speed.py", "--small", "--json",
-                           str(tmp_path / "figures.json")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["env", f"PYTHONPATH={ROOT}", sys.executable, "benchmarks/verifier_speed.py", "--small",
+                           "--json", str(tmp_path / "figures.json")],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures) == 10 and all(row["figure"] > 0 for row in figures if row["what"] != "sandbox above bare")
