@@ -18,7 +18,8 @@ from pipeline.fingerprint import GraphError
 from pipeline.graph import DONE, INTERRUPTED, RUNNING, PlannedStage, find_stage, plan
 from pipeline.graph import why as explain_why
 from pipeline.progress import counts_line, duration, read_progress
-from pipeline.recipe import Recipe, RecipeError, load_recipe
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import Stage
 from pipeline.workflow_lookup import existing_run, find_recipe, load_stages, open_run
 

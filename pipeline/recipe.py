@@ -1,4 +1,4 @@
-"""The recipe: YAML into typed sections. Defaults are the paper's figures.
+"""The recipe: typed sections. Defaults are the paper's figures.
 
 DeepSeek-V3 technical report (arXiv 2412.19437) sections 2.1.2, 2.2, 4.2 and 5; DeepSeek-R1
 (arXiv 2501.12948) for GRPO and preference data. An unknown key is an error. Each stage sees only its
@@ -8,10 +8,8 @@ own section, so a change in one section makes only that stage and those after it
 from __future__ import annotations
 
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,7 +17,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -314,89 +311,3 @@ class Recipe(Section):
             raise ValueError(f"engine.max_logprob_error {self.engine.max_logprob_error:g} is below what bfloat16 can "
                              f"hold; give at least {BFLOAT16_ERROR:g}, or model.dtype float32")
         return self
-
-
-def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a YAML recipe and apply `a.b.c=value` overrides (values are YAML).
-
-    Raises RecipeError naming file, dotted path, value and remedy for every problem found.
-    """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; the ones that come with posttrain are in recipes/") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(data).__name__}")
-    for override in overrides:
-        _apply(data, override)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(item, data) for item in error.errors()]
-        raise RecipeError(f"{path} has {len(lines)} error{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
-        raise RecipeError(f"override {override!r}: write it as section.key=value")
-    *parents, last = dotted.split(".")
-    node: Any = data
-    for name in parents:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"override {override!r}: {name} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from None
-
-
-def _explain(item: Any, data: dict[str, Any]) -> str:
-    """One validation error as `path: what (got value); remedy`."""
-    location = [str(part) for part in item["loc"]]
-    # pydantic inserts the tag of a discriminated union into the location; the YAML has no such level
-    shown, node = [], data
-    for part in location:
-        if isinstance(node, dict) and part not in node and part == node.get("type"):
-            continue
-        shown.append(part)
-        node = node.get(part) if isinstance(node, dict) else None
-    path = ".".join(shown) or "recipe"
-    if item["type"] == "extra_forbidden":
-        names = _field_names(location[:-1])
-        near = _closest(shown[-1], names)
-        return f"{path}: unknown key" + (f"; did you mean {near}?" if near else "") + \
-            (f" (known here: {', '.join(names)})" if names and not near else "")
-    message = item["msg"].removeprefix("Value error, ")
-    value = item.get("input")
-    got = f" (got {value!r})" if not isinstance(value, dict | BaseModel) and item["type"] != "missing" else ""
-    return f"{path}: {message}{got}"
-
-
-def _field_names(location: list[str]) -> list[str]:
-    """The keys of the section at pydantic's `location`, found by walking the annotations; [] for a free mapping."""
-    section: Any = Recipe
-    for part in location:
-        if get_origin(section) is dict:
-            section = get_args(section)[1]
-        elif get_origin(section) in (Union, UnionType):  # the part is the tag of one kind
-            section = next((kind for kind in get_args(section) if kind.model_fields["type"].default == part), None)
-        else:
-            field = getattr(section, "model_fields", {}).get(part)
-            section = field.annotation if field else None
-    return sorted(getattr(section, "model_fields", {}))
-
-
-def _closest(name: str, names: list[str]) -> str | None:
-    import difflib
-
-    found = difflib.get_close_matches(name, names, n=1)
-    return found[0] if found else None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, defaults written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -23,7 +23,8 @@ from pipeline.fingerprint import changes, fingerprint, stage_parts
 from pipeline.graph import DONE, PlannedStage, find_stage, order, plan
 from pipeline.progress import Display, counts_line, duration, make_display, read_progress
 from pipeline.ray_session import ray_session
-from pipeline.recipe import Recipe, dump_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import dump_recipe
 from pipeline.stage import Stage, StageError, StageResult
 from pipeline.worker import StageOrder, StageWorker
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.artifacts import RunDirectory, RunError
 from pipeline.fingerprint import GraphError
 from pipeline.graph import did_you_mean, order
-from pipeline.recipe import Recipe, RecipeError, load_recipe
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import Stage
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"

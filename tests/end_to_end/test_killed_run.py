@@ -16,7 +16,7 @@ import pytest
 from posttrain_command import Done, artifact, json_lines, kill_when, left_behind, posttrain, start, wait_until_gone
 
 from pipeline.artifacts import RunDirectory
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.records import Rollout, Sample, read_table
 from pipeline.workflow_lookup import find_recipe
 from policy.model import read_checkpoint

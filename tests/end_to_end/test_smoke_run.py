@@ -11,7 +11,7 @@ from posttrain_command import artifact, json_lines, left_behind, posttrain, wait
 from safetensors.torch import load_file
 
 from distill.prompts import prompt_key
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.records import Problem, Rollout, Sample, read_table
 from pipeline.workflow_lookup import find_recipe, load_stages
 from policy.model import checksum, read_checkpoint

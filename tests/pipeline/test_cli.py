@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipeline import cli
 from pipeline.artifacts import RunDirectory
-from pipeline.recipe import dump_recipe
+from pipeline.recipe_file import dump_recipe
 from pipeline.records import Check, Problem, Sample, Status, Verdict, write_table
 from pipeline.show import show
 from pipeline.stage import StageResult

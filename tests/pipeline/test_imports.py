@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.fingerprint import source_hashes
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from workflows.deepseek_v3 import build
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ import toy_workflow
 import yaml
 
 from pipeline.graph import order
-from pipeline.recipe import RecipeError, dump_recipe, load_recipe
+from pipeline.recipe import RecipeError
+from pipeline.recipe_file import dump_recipe, load_recipe
 from workflows.deepseek_v3 import build
 
 RECIPES = Path(__file__).parents[2] / "recipes"

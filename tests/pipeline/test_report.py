@@ -16,7 +16,8 @@ import toy_workflow
 
 from pipeline.artifacts import RunDirectory
 from pipeline.fingerprint import fingerprint, stage_parts
-from pipeline.recipe import Recipe, dump_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import dump_recipe
 from pipeline.records import Check, Problem, Rollout, Sample, Status, Verdict, write_table
 from pipeline.report import write_report
 from pipeline.report_charts import MOST_POINTS, line_chart, text

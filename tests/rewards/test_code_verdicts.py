@@ -272,6 +272,12 @@ def test_a_broken_sandbox_is_an_infrastructure_error_for_each_candidate():
     assert found[0].score is None and "no space left" in found[0].evidence
 
 
+def test_where_numbers_have_one_type_only_their_value_counts():
+    assert same_value([1, 2.0], [1.0, 2], one_number_type=True)
+    for value, expected in ((10**400, 1.0), (1.5, 10**400), (True, 1.0), ("1", 1)):
+        assert not same_value(value, expected, one_number_type=True)
+
+
 def test_values_are_compared_with_their_types():
     assert same_value([1, {"a": 0.1 + 0.2}], [1, {"a": 0.3}])
     for value, expected in ((True, 1), (1, 1.0), ("1", 1), ([1], [1, 1]), (None, False), (float("nan"), float("nan"))):
