@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_benchmark_of_the_rewards_runs_at_its_smallest_size(tmp_path):
+def test_the_benchmark_runs_at_its_smallest_size(tmp_path):
     done = subprocess.run(["env", f"PYTHONPATH={ROOT}", sys.executable, "benchmarks/verifier_speed.py", "--small",
                            "--json", str(tmp_path / "figures.json")],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
