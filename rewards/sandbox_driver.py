@@ -1,7 +1,8 @@
 """The first process of a sandbox: runs jobs one after another and cannot be hurt by them.
 
 `rewards/sandbox.py` passes this file's bytecode to a bare system interpreter inside the sandbox, so it imports
-only the standard library. Three kinds of process, so that no job can read or change another's result:
+only the standard library, and of that only modules written in C: `json`, `re`, `signal` and `ctypes` took longer to
+import than the rest of a start. Three kinds of process, so that no job can read or change another's result:
 
 - the *keeper* (this process, pid 1 of the namespace) never holds a job's data. As pid 1 it cannot be killed
   from inside. It watches time and resident memory, and after each job kills all that is left, waits until it
@@ -10,28 +11,25 @@ only the standard library. Three kinds of process, so that no job can read or ch
 - the *candidate*, forked from the supervisor, holds its own code and inputs and nothing else. Memory and
   descriptors of keeper and supervisor are closed to it (not dumpable; ptrace and friends refused by seccomp).
 
-Input (descriptor 0, a seekable file): one line of JSON `{"sizes": [[size, size2, memory], ...], "limits": {...}}`,
-then the jobs; the second part of a job (asserts) is read only after the candidate was forked.
-Output (descriptor 1): "@ready", then per job a line of JSON from the supervisor (absent or cut short when it
-was killed) and a line "@done", "@time_limit", "@memory_limit", "@lost" (its
-supervisor was killed) or "@error" (it failed) from the keeper. JSON has no raw
-newline, so a candidate cannot forge the keeper's lines.
+Input (descriptor 0, a seekable file): a size in 8 digits, that many bytes of marshal, `{"sizes": [[size, size2,
+memory], ...], "limits": {...}}`, then the jobs; the second part of a job (asserts) is read only after the candidate
+was forked.
+Output (descriptor 1): "@ready", then per job a line from the supervisor, a Python literal in ASCII (absent or cut
+short when it was killed), and a line "@done", "@time_limit", "@memory_limit", "@lost" (its supervisor was killed) or
+"@error" (it failed) from the keeper. A literal has no raw newline, so a candidate cannot forge the keeper's lines.
 """
 
-import ctypes
+import _ctypes
+import _signal as signal
 import fcntl
-import json
-import math  # noqa: F401  (imported here once so that candidates that import it start faster)
+import marshal
 import os
-import re  # noqa: F401
 import resource
 import select
-import signal
 import sys
 import time
-import types
 
-harness = types.ModuleType("harness")  # filled from the text of sandbox_harness.py
+harness = type(sys)("harness")  # filled from the bytecode of sandbox_harness.py
 LOST = 3  # exit status of a supervisor that the candidate starved
 PATH = {"PATH": "/usr/bin:/bin"}
 
@@ -39,16 +37,16 @@ PATH = {"PATH": "/usr/bin:/bin"}
 # ---------------------------------------------------------------- keeper
 
 def keep(strong, workdir):
-    libc = ctypes.CDLL(None)
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: /proc/1/{mem,fd,environ} are closed to candidates
-    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: where we are not pid 1, orphans still come to us
+    prctl(4, 0)  # PR_SET_DUMPABLE 0: /proc/1/{mem,fd,environ} are closed to candidates
+    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: where we are not pid 1, orphans still come to us
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # pid 1 ignores what it has no handler for
     os.closerange(3, 1024)
-    header = read_header()
-    limits = header["limits"]
+    header = marshal.loads(os.read(0, int(os.read(0, 8))))
+    limits, offset = header["limits"], os.lseek(0, 0, os.SEEK_CUR)
+    if len(header["sizes"]) > 1:
+        warm()
     folders = [workdir, "/dev/shm"] if strong else [workdir]
     os.write(1, b"@ready\n")
-    offset = header["offset"]
     for size, size2, memory_bytes in header["sizes"]:
         pid = os.fork()
         if pid == 0:
@@ -68,11 +66,20 @@ def keep(strong, workdir):
             return  # the caller runs the remaining jobs in a new sandbox
 
 
-def read_header():
-    line = b""
-    while not line.endswith(b"\n"):
-        line += os.read(0, 1)
-    return dict(json.loads(line), offset=len(line))
+def prctl(option, value):
+    """Without the module ctypes, whose import is half the interpreter's own start."""
+    if _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (option, value, 0, 0, 0)):
+        raise OSError(f"prctl({option}, {value}) failed")
+
+
+def warm():
+    """Import once what many candidates import: their forks share it. A lone job would pay for what it may not use."""
+    import collections  # noqa: F401
+    import heapq  # noqa: F401
+    import json  # noqa: F401
+    import math  # noqa: F401
+    import re  # noqa: F401
+    import typing  # noqa: F401
 
 
 def watch(pid, wall_seconds, memory_bytes):
@@ -162,7 +169,7 @@ def empty(folder):
 # ---------------------------------------------------------------- supervisor
 
 def supervise(offset, size, size2, limits):
-    job = json.loads(os.pread(0, size, offset))
+    job = marshal.loads(os.pread(0, size, offset))
     limits = dict(limits, **job["limits"])
     if job["run"]:
         result = supervise_program(job, limits)
@@ -172,7 +179,7 @@ def supervise(offset, size, size2, limits):
         result = {"runs": [Child(lambda: harness.python_calls(job), limits).wait()]}
     else:
         result = {"runs": run_programs(lambda: harness.python_program(job), job["inputs"], limits)}
-    line = json.dumps(result).encode()
+    line = ascii(result).encode()
     while line:
         line = line[os.write(1, line):]
 
@@ -204,7 +211,7 @@ def supervise_asserts(job, offset, size, limits):
     from_candidate, to_tester = os.pipe()
     candidate = Child(lambda: harness.python_serve(job), limits, peer=(from_tester, to_tester))
     # read only now, after the candidate's fork: its memory has never held the asserts
-    asserts = json.loads(os.pread(0, size, offset))["assert_code"]
+    asserts = marshal.loads(os.pread(0, size, offset))
     tester = Child(lambda: harness.python_asserts(asserts, job), limits, peer=(from_candidate, to_candidate))
     for end in (from_tester, to_candidate, from_candidate, to_tester):
         os.close(end)
