@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pipeline.records import UNSCORED, Status, Verdict
 
-VERSION = "2"  # raise it when a verifier's decision on any text changes
+VERSION = "3"  # raise it when a verifier's decision on any text changes
 
 
 class Reason(StrEnum):

@@ -41,7 +41,8 @@ HARNESS = Path(__file__).with_name("sandbox_harness.py")
 PYTHON = "/usr/bin/python3"
 COMPILE = ("import binascii, marshal, sys; code = compile(sys.stdin.read(), sys.argv[1], 'exec')\n"
            "print(binascii.b2a_base64(marshal.dumps(code)).decode())")
-START = ("import binascii, marshal, sys\n"
+# no folder that a candidate writes to may be searched for modules
+START = ("import binascii, marshal, sys\nsys.path.remove('')\n"
          "driver, harness_code = (marshal.loads(binascii.a2b_base64(text)) for text in sys.argv[3:5])\n"
          "exec(driver); start(sys.argv[1] == 'strong', sys.argv[2], harness_code)")
 MARSHAL = 2  # the format that every Python reads: ours may be newer than the sandbox's

@@ -135,6 +135,18 @@ print(len([o for o in found if isinstance(o, str)]), os.listdir('/tmp'), os.list
     assert outcomes[1].runs[0]["stdout"].endswith("[] []\n") and secret not in outcomes[1].runs[0]["stdout"]
 
 
+@pytest.mark.parametrize("isolation", ["bubblewrap", "rlimits"])
+def test_asserts_import_no_module_that_the_candidate_wrote(isolation):
+    candidate = """
+open('fractions.py', 'w').write("import os; os.write(3, b'forged'); Fraction = int")
+def f(x): return 0
+"""
+    asserts = "def check(f):\n    f(1)\n    from fractions import Fraction\n    assert f(1) == Fraction(1)\n"
+    outcome, = Sandbox(isolation=isolation).run([Job("python", "asserts", candidate, (), "f", "nonce", asserts)])
+    assert "forged" not in outcome.runs[0]["channel"]
+    assert '"detail": "AssertionError()"' in outcome.runs[0]["channel"]
+
+
 def test_a_machine_without_bubblewrap_is_told_the_remedy(monkeypatch):
     monkeypatch.setattr("rewards.sandbox.shutil.which", lambda name: None)
     with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap"):
