@@ -6,8 +6,10 @@ What holds a program in:
   capabilities, /usr read-only, sized tmpfs for /tmp and /dev/shm, everything else read-only, and an *empty*
   environment for bwrap's own process (what `--clearenv` removes stays readable in /proc/1/environ);
 - a seccomp filter: no ptrace, mount, namespaces, bpf, keyrings, io_uring, System V IPC, limits or priorities
-  of other processes; clone3 answers ENOSYS so that libc falls back to the filtered clone; sockets AF_UNIX only;
-- rlimits, resident memory and wall time watched by `sandbox_driver.py`, pid 1 of the namespace;
+  of other processes, memory shared without a file; clone3 answers ENOSYS so that libc falls back to the filtered
+  clone; sockets AF_UNIX only;
+- rlimits, memory (resident, in files and in sockets) and wall time watched by `sandbox_driver.py`, pid 1 of the
+  namespace;
 - here: capped reads, a last wall-clock limit, and a wait on a pidfd of that first process, so that no daemon
   outlives the call.
 
@@ -60,7 +62,7 @@ class Limits:
 
     cpu_seconds: int = 2
     wall_seconds: float = 12.0
-    memory_bytes: int = 256 << 20  # private resident memory, all processes of the job
+    memory_bytes: int = 256 << 20  # private resident memory, all processes of the job, and its files in memory
     address_bytes: int = 1 << 30  # RLIMIT_AS of each process
     output_bytes: int = 256 << 10  # of stdout, stderr and the result channel each
     file_bytes: int = 8 << 20
@@ -249,6 +251,10 @@ def _drop_root(slot: int) -> list[str]:
 def _bwrap(limits: Limits, info_fd: int, filter_fd: int) -> list[str]:
     links = [arg for name in ("bin", "sbin", "lib", "lib32", "lib64") if os.path.islink(f"/{name}")
              for arg in ("--symlink", f"usr/{name}", f"/{name}")]
+    # no /dev/zero: mapped shared, it is memory that no process is charged for; no terminals: nobody needs them
+    devices = [arg for name in ("null", "random", "urandom") for arg in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
+    devices += [arg for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2"))
+                for arg in ("--symlink", f"/proc/self/fd{target}", f"/dev/{name}")]
     binds = [arg for name in ("bin", "sbin", "lib", "lib64") if os.path.isdir(f"/{name}") and not
              os.path.islink(f"/{name}") for arg in ("--ro-bind", f"/{name}", f"/{name}")]
     # Debian's Java reads its settings there
@@ -256,7 +262,7 @@ def _bwrap(limits: Limits, info_fd: int, filter_fd: int) -> list[str]:
     return [shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net",
             "--unshare-uts", "--unshare-cgroup-try", "--disable-userns", "--die-with-parent", "--new-session",
             "--as-pid-1", "--cap-drop", "ALL", "--hostname", "sandbox", "--ro-bind", "/usr", "/usr", *links, *binds,
-            "--proc", "/proc", "--dev", "/dev", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp",
+            "--proc", "/proc", "--tmpfs", "/dev", *devices, "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp",
             "--size", str(limits.tmp_bytes // 4), "--tmpfs", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/",
             "--chdir", "/tmp", "--setenv", "PYTHONHASHSEED", "0", "--seccomp", str(filter_fd),
             "--info-fd", str(info_fd), "--"]

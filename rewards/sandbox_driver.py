@@ -32,6 +32,9 @@ import time
 harness = type(sys)("harness")  # filled from the bytecode of sandbox_harness.py
 LOST = 3  # exit status of a supervisor that the candidate starved
 PATH = {"PATH": "/usr/bin:/bin"}
+FILL = 8 << 20  # bytes that a job may come to hold in a millisecond; two cores write about 5 MB
+SOCKET_BYTES = 416 << 10  # what a socket's unread data may take: kernel memory, which no process is charged for
+INODE_BYTES = 4096  # of an empty file: its entries in the kernel's tables, and the time to remove it
 
 
 # ---------------------------------------------------------------- keeper
@@ -58,7 +61,7 @@ def keep(strong, workdir):
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)
             os._exit(0)
-        status = watch(pid, limits["wall_seconds"], memory_bytes)
+        status = watch(pid, limits["wall_seconds"], memory_bytes, folders if strong else [])
         kill_all(strong)
         os.write(1, b"\n@" + status.encode() + b"\n")
         offset += size + size2
@@ -82,16 +85,19 @@ def warm():
     import typing  # noqa: F401
 
 
-def watch(pid, wall_seconds, memory_bytes):
+def watch(pid, wall_seconds, memory_bytes, folders):
+    """Wait for a job's end or its limits; looks at its memory as often as what is left of it could be filled."""
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     deadline = time.monotonic() + wall_seconds
+    left = memory_bytes
     try:
-        while not poll.poll(50):
+        while not poll.poll(min(50, 1 + left // FILL)):
             if time.monotonic() > deadline:
                 return "time_limit"
-            if resident_bytes() > memory_bytes:
+            left = memory_bytes - resident_bytes() - kernel_bytes(folders)
+            if left < 0:
                 return "memory_limit"
     finally:
         os.close(pidfd)
@@ -113,6 +119,18 @@ def resident_bytes():
                 continue
             pages += int(fields[1]) - int(fields[2])
     return pages * resource.getpagesize()
+
+
+def kernel_bytes(folders):
+    """What a job holds outside its processes: files of these folders, which are memory, and unread socket data."""
+    if not folders:
+        return 0  # without namespaces neither is ours alone
+    held = 0
+    for folder in folders:
+        usage = os.statvfs(folder)
+        held += (usage.f_blocks - usage.f_bfree) * usage.f_bsize + (usage.f_files - usage.f_ffree) * INODE_BYTES
+    with open("/proc/net/sockstat") as file:
+        return held + int(file.readline().split()[2]) * SOCKET_BYTES
 
 
 def descendants(root):
@@ -153,17 +171,21 @@ def kill_all(strong):
 
 
 def empty(folder):
-    """Remove what a job left in `folder`; False when something resists."""
-    for root, folders, files in os.walk(folder, topdown=False):
-        try:
+    """Remove what a job left in `folder`, and on it; False when something resists."""
+    try:
+        os.chmod(folder, 0o700)
+        for name in os.listxattr(folder):
+            os.removexattr(folder, name)
+        for root, folders, files in os.walk(folder, topdown=False):
             for name in files:
                 os.unlink(os.path.join(root, name))
             for name in folders:
                 path = os.path.join(root, name)
                 os.unlink(path) if os.path.islink(path) else os.rmdir(path)
-        except OSError:
-            return False
-    return not os.listdir(folder)
+        os.utime(folder, (0, 0))
+        return not os.listdir(folder)
+    except (OSError, RecursionError):
+        return False
 
 
 # ---------------------------------------------------------------- supervisor

@@ -44,7 +44,10 @@ def filter_program() -> bytes:
     for flag in NAMESPACE_FLAGS:
         rules.add_rule(seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, flag, flag))
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
-    rules.add_rule(seccomp.ERRNO(errno.EACCES), "socket", seccomp.Arg(0, seccomp.NE, 1))  # AF_UNIX is 1
+    for name in ("socket", "socketpair"):
+        rules.add_rule(seccomp.ERRNO(errno.EACCES), name, seccomp.Arg(0, seccomp.NE, 1))  # AF_UNIX is 1
+    # MAP_SHARED | MAP_ANONYMOUS: its pages outlive the process that wrote them, and count as nobody's
+    rules.add_rule(seccomp.ERRNO(errno.EPERM), "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, 0x21, 0x21))
     rules.add_rule(seccomp.ERRNO(errno.EPERM), "prlimit64", seccomp.Arg(0, seccomp.NE, 0))  # others' limits
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)

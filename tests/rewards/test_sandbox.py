@@ -147,6 +147,34 @@ def f(x): return 0
     assert '"detail": "AssertionError()"' in outcome.runs[0]["channel"]
 
 
+def test_nothing_stays_on_the_writable_folders_themselves(sandbox):
+    mark = "import os\nfor folder in ('/tmp', '/dev/shm'):\n    {}"
+    look = ("import os\nfor folder in ('/tmp', '/dev/shm'):\n"
+            "    print(os.listxattr(folder), os.stat(folder).st_mtime, oct(os.stat(folder).st_mode))")
+    for action in ("os.setxattr(folder, 'user.mark', b'x')", "os.utime(folder, (42, 42))", "os.chmod(folder, 0)"):
+        _, second = sandbox.run([program(mark.format(action)), program(look)])
+        assert second.runs[0]["stdout"] == "[] 0.0 0o40700\n" * 2
+
+
+@pytest.mark.parametrize("hoard", [
+    "import socket\nfor _ in range(4): os.fork()\nends = [end for _ in range(25) for end in socket.socketpair()]",
+    "for i in range(10**9): os.mkdir(str(i))",
+    "data = b'x' * (190 << 20)\nfor i in range(9): open(str(i), 'wb').write(data[:7 << 20])\n"
+    "for i in range(2): open(f'/dev/shm/{i}', 'wb').write(data[:7 << 20])"])
+def test_what_the_kernel_keeps_for_a_job_counts_as_its_memory(sandbox, hoard):
+    outcome = harmless(sandbox, f"import os, time\n{hoard}\ntime.sleep(1)")
+    assert outcome.status == "memory_limit"
+
+
+def test_no_memory_is_shared_without_a_file(sandbox):
+    assert output(sandbox, """
+import mmap, os
+try: mmap.mmap(-1, 4096)
+except PermissionError: print('refused')
+print(os.path.exists('/dev/zero'), len(mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))
+""") == "refused\nFalse 4096\n"
+
+
 def test_a_machine_without_bubblewrap_is_told_the_remedy(monkeypatch):
     monkeypatch.setattr("rewards.sandbox.shutil.which", lambda name: None)
     with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap"):
