@@ -49,7 +49,9 @@ def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to s
 def audit_rewards(
         reward: Annotated[str | None, typer.Option(help="module:function to audit in place of the project's own, in "
                                                         "TRL's form: f(prompts, completions, **columns)")] = None,
-        family: Annotated[str | None, typer.Option(help="Only math, or only code.")] = None,
+        family: Annotated[str | None, typer.Option(
+            help="Only math, code or sandbox; the last is left out for --reward unless named, for its programs attack "
+                 "the machine that runs them.")] = None,
         compare: Annotated[bool, typer.Option(help="Also audit math-verify alone, TRL's accuracy reward and a naive "
                                                    "code grader.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Every finding, for scripts.")] = False) -> None:
@@ -63,7 +65,8 @@ def audit_rewards(
     from rewards.sandbox import Limits, Sandbox
     from rewards.scoring import ScoringError
 
-    cases = [case for case in audit.present(all_cases()) if family in (None, case.family)]
+    families = [family] if family else ["math", "code"] if reward else ["math", "code", "sandbox"]
+    cases = [case for case in audit.present(all_cases()) if case.family in families]
     limits = Limits(cpu_seconds=1)
     found: dict[str, list[audit.Finding]] = {}
     try:

@@ -15,7 +15,7 @@ class Case:
     twin would be another case's.
     """
 
-    family: str  # "math" | "code"
+    family: str  # "math" | "code" | "sandbox": programs that attack what runs them instead of what grades them
     kind: str  # what the exploit does
     check: dict[str, Any]
     exploit: str
@@ -24,9 +24,9 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case of every family, in a fixed order."""
-    from rewards.adversarial import code, math
+    from rewards.adversarial import code, math, sandbox
 
-    return [*math.cases(), *code.cases()]
+    return [*math.cases(), *code.cases(), *sandbox.cases()]
 
 
 def named(cases: list[Case]) -> Iterator[tuple[str, Case]]:
