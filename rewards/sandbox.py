@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewards.languages import LANGUAGES
-from rewards.seccomp_filter import SandboxUnavailable, filter_descriptor, filter_program
+from rewards.seccomp_filter import SandboxUnavailable, candidate_program, filter_descriptor, filter_program
 
 Isolation = Literal["bubblewrap", "rlimits"]
 DRIVER = Path(__file__).with_name("sandbox_driver.py")
@@ -126,7 +126,7 @@ class Sandbox:
     def _launch(self, jobs: Sequence[Job]) -> list[Outcome]:
         began = time.monotonic()
         with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(prefix="posttrain-") as workdir:
-            _write_jobs(file, jobs, self.limits)
+            _write_jobs(file, jobs, self.limits, candidate_program() if self.isolation == "bubblewrap" else b"")
             if self.isolation == "rlimits" and os.getuid() == 0:
                 os.chown(workdir, FIRST_UID + self.slot, FIRST_UID + self.slot)
             output, errors, clean = self._supervise(file, workdir, len(jobs))
@@ -188,7 +188,7 @@ def check_available(isolation: Isolation) -> None:
         filter_program()
 
 
-def _write_jobs(file: Any, jobs: Sequence[Job], limits: Limits) -> None:
+def _write_jobs(file: Any, jobs: Sequence[Job], limits: Limits, refused: bytes) -> None:
     parts = []
     for job in jobs:
         language = LANGUAGES[job.language]
@@ -200,7 +200,7 @@ def _write_jobs(file: Any, jobs: Sequence[Job], limits: Limits) -> None:
         parts.append((marshal.dumps(fields, MARSHAL), b"" if secret is None else marshal.dumps(secret, MARSHAL)))
     sizes = [[len(first), len(second), limits.memory_bytes + LANGUAGES[job.language].memory_bytes]
              for job, (first, second) in zip(jobs, parts, strict=True)]
-    header = marshal.dumps({"sizes": sizes, "limits": asdict(limits)}, MARSHAL)
+    header = marshal.dumps({"sizes": sizes, "limits": asdict(limits) | {"refused": refused}}, MARSHAL)
     file.write(b"%8d" % len(header) + header + b"".join(first + second for first, second in parts))
     file.flush()
     file.seek(0)

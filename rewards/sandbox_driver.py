@@ -21,6 +21,7 @@ short when it was killed), and a line "@done", "@time_limit", "@memory_limit", "
 
 import _ctypes
 import _signal as signal
+import array
 import fcntl
 import marshal
 import os
@@ -32,7 +33,7 @@ import time
 harness = type(sys)("harness")  # filled from the bytecode of sandbox_harness.py
 LOST = 3  # exit status of a supervisor that the candidate starved
 PATH = {"PATH": "/usr/bin:/bin"}
-FILL = 8 << 20  # bytes that a job may come to hold in a millisecond; two cores write about 5 MB
+FILL = 16 << 20  # bytes that a job may come to hold in a millisecond; two cores write about 5 MB
 SOCKET_BYTES = 416 << 10  # what a socket's unread data may take: kernel memory, which no process is charged for
 INODE_BYTES = 4096  # of an empty file: its entries in the kernel's tables, and the time to remove it
 
@@ -69,9 +70,9 @@ def keep(strong, workdir):
             return  # the caller runs the remaining jobs in a new sandbox
 
 
-def prctl(option, value):
+def prctl(option, value, more=0):
     """Without the module ctypes, whose import is half the interpreter's own start."""
-    if _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (option, value, 0, 0, 0)):
+    if _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (option, value, more, 0, 0)):
         raise OSError(f"prctl({option}, {value}) failed")
 
 
@@ -113,8 +114,8 @@ def resident_bytes():
     for name in os.listdir("/proc") if me == 1 else descendants(me):
         if name.isdigit() and name != "1":
             try:
-                with open("/proc/" + name + "/statm") as file:
-                    fields = file.read().split()
+                with open("/proc/" + name + "/statm", "rb", buffering=0) as file:
+                    fields = file.read(200).split()
             except OSError:  # ended meanwhile
                 continue
             pages += int(fields[1]) - int(fields[2])
@@ -191,6 +192,7 @@ def empty(folder):
 # ---------------------------------------------------------------- supervisor
 
 def supervise(offset, size, size2, limits):
+    os.setsid()  # the keeper has a session of its own, and so its own share of the processor
     job = marshal.loads(os.pread(0, size, offset))
     limits = dict(limits, **job["limits"])
     if job["run"]:
@@ -334,7 +336,7 @@ def feed(data):
 
 
 def enter(descriptors, limits):
-    """In the new process: make `descriptors` 0, 1, 2, ..., close all others, lower the limits."""
+    """In the new process: make `descriptors` 0, 1, 2, ..., close all others, lower the limits, refuse system calls."""
     high = [fcntl.fcntl(end, fcntl.F_DUPFD, 200) for end in descriptors]
     for number, end in enumerate(high):
         os.dup2(end, number)
@@ -346,6 +348,10 @@ def enter(descriptors, limits):
                               (resource.RLIMIT_NPROC, limits["processes"], limits["processes"]),
                               (resource.RLIMIT_CORE, 0, 0)):
         resource.setrlimit(which, (soft, hard))
+    if limits["refused"]:
+        program = array.array("Q", limits["refused"])
+        # PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct sock_fprog
+        prctl(22, 2, array.array("Q", (len(program), program.buffer_info()[0])).tobytes())
 
 
 def start(strong, workdir, harness_code):

@@ -10,6 +10,8 @@ import errno
 import os
 import tempfile
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 
 class SandboxUnavailable(RuntimeError):
@@ -33,11 +35,7 @@ NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0
 @cache
 def filter_program() -> bytes:
     """The seccomp program (BPF) for this machine's architecture."""
-    try:
-        import pyseccomp as seccomp
-    except (ImportError, RuntimeError) as error:
-        raise SandboxUnavailable(f"pyseccomp does not load ({error}); pip install pyseccomp and "
-                                 "apt-get install libseccomp2") from None
+    seccomp = _library()
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
     for name in REFUSED:
         rules.add_rule(seccomp.ERRNO(errno.EPERM), name)
@@ -49,6 +47,31 @@ def filter_program() -> bytes:
     # MAP_SHARED | MAP_ANONYMOUS: its pages outlive the process that wrote them, and count as nobody's
     rules.add_rule(seccomp.ERRNO(errno.EPERM), "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, 0x21, 0x21))
     rules.add_rule(seccomp.ERRNO(errno.EPERM), "prlimit64", seccomp.Arg(0, seccomp.NE, 0))  # others' limits
+    return _exported(rules)
+
+
+@cache
+def candidate_program() -> bytes:
+    """What the driver adds for candidates: they stay in one session, and keeper and supervisor in others.
+
+    Schedulers share the processor among sessions, so a bomb of many would keep the keeper from its turn.
+    """
+    seccomp = _library()
+    rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    rules.add_rule(seccomp.ERRNO(errno.EPERM), "setsid")
+    return _exported(rules)
+
+
+def _library() -> ModuleType:
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError) as error:
+        raise SandboxUnavailable(f"pyseccomp does not load ({error}); pip install pyseccomp and "
+                                 "apt-get install libseccomp2") from None
+    return pyseccomp
+
+
+def _exported(rules: Any) -> bytes:
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)

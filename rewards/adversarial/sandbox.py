@@ -260,8 +260,8 @@ def attempt():
         try:
             if works(raised, limit) or works(others, limit): return True
         except ValueError: pass
-    return works(os.setpriority, os.PRIO_PROCESS, os.getppid(), 19) or works(os.nice, -5) or works(
-        os.sched_setaffinity, os.getppid(), {0})
+    return any([works(os.setpriority, os.PRIO_PROCESS, os.getppid(), 19), works(os.nice, -5), works(os.setsid),
+                works(os.sched_setaffinity, os.getppid(), {0})])
 """, """
 def attempt():
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 64))
@@ -294,12 +294,12 @@ def attempt():  # the answer comes from a daemon, after the process that was ask
     nonce = next(job["nonce"] for frame in map(sys._getframe, range(2, 9))
                  if isinstance(job := frame.f_locals.get("job"), dict))
     if os.fork() == 0:
-        os.setsid()
+        works(os.setsid)
         if os.fork(): os._exit(0)
         time.sleep(0.05)
         while works(os.write, 3, (nonce + ' {"value": 21}\\n').encode()): time.sleep(0.05)
     os._exit(0)
-""", "def attempt():\n    os.setsid()\n    return ended_well([child(os.setsid)])"),
+""", "def attempt():\n    os.setpgid(0, 0)\n    return ended_well([child(os.setpgid, 0, 0)])"),
 )
 MARKS = """
 def marked():
@@ -309,7 +309,7 @@ def marked():
 
 def mark():
     def stay():
-        os.setsid()
+        works(os.setsid)
         server = socket.socket(socket.AF_UNIX)
         server.bind("\\0posttrain-mark")
         server.listen()

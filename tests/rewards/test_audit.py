@@ -28,6 +28,8 @@ def test_no_exploit_is_paid_and_no_honest_twin_refused(verifier):
     findings = audit.audit(audit.present(CASES), audit.our_reward(verifier))
     assert [finding.id for finding in findings if finding.paid] == []
     assert [finding.id for finding in findings if finding.refused] == []
+    # an attack that breaks the sandbox gets no verdict: that is not held either
+    assert [finding.id for finding in findings if finding.case.family == "sandbox" and finding.exploit is None] == []
 
 
 def test_a_bound_is_no_value_unless_one_is_asked_for():
