@@ -61,6 +61,15 @@ def lenient(prompts, completions, reference, **_):
     assert missing.returncode == 2 and "give it as module:function" in missing.stderr
 
 
+def test_attacks_on_the_machine_reach_a_persons_reward_only_when_asked_for(tmp_path):
+    (tmp_path / "harsh.py").write_text("def nothing(prompts, completions, **_): return [0.0]")
+    command = ["env", f"PYTHONPATH={ROOT}:{tmp_path}", sys.executable, "-m", "pipeline.cli", "audit-rewards",
+               "--reward", "harsh:nothing", "--json"]
+    for family, wanted in (((), {"math", "code"}), (("--family", "sandbox"), {"sandbox"})):
+        done = subprocess.run([*command, *family], capture_output=True, text=True, timeout=120)
+        assert {row["id"].split("-")[0] for row in json.loads(done.stdout)["harsh:nothing"]} == wanted
+
+
 @pytest.mark.parametrize(("score", "expected"), [(lambda: 0.5, 0.5), (lambda: None, None), (lambda: 1 / 0, None)])
 def test_an_isolated_reward_gives_its_score_or_nothing(score, expected):
     assert audit.isolated(score) == expected
