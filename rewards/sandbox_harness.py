@@ -5,24 +5,25 @@ imports only the standard library. The expected answers are never here: a progra
 lines can only claim other outputs, and is compared on those.
 """
 
+import _json
 import os
 import sys
 
 CHANNEL = 3  # descriptor on which results are handed over
 FROM_PEER, TO_PEER = 4, 5  # descriptors between a candidate and the asserts that call it
+# json.dumps without the rest of the package, whose import takes as long as the rest of a start
+WRITER = _json.make_encoder(None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, True)
 
 
 def send(descriptor, nonce, value):
-    import json  # here and below: importing it takes as long as the rest of a start, and not every job needs it
-
-    line = (nonce + " " + json.dumps(value) + "\n").encode()
+    line = (nonce + " " + "".join(WRITER(value, 0)) + "\n").encode()
     while line:
         line = line[os.write(descriptor, line):]
 
 
 def receive(stream):
     """The next line of JSON from a pipe; None at its end."""
-    import json
+    import json  # only where asserts need it
 
     line = stream.readline(1 << 24)
     return json.loads(line.split(b" ", 1)[1]) if line else None
