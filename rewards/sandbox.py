@@ -29,6 +29,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -125,9 +126,12 @@ class Sandbox:
 
     def _launch(self, jobs: Sequence[Job]) -> list[Outcome]:
         began = time.monotonic()
-        with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(prefix="posttrain-") as workdir:
-            _write_jobs(file, jobs, self.limits, candidate_program() if self.isolation == "bubblewrap" else b"")
-            if self.isolation == "rlimits" and os.getuid() == 0:
+        # a folder of the machine's only where there is no other: it would outlive a caller that is killed
+        strong = self.isolation == "bubblewrap"
+        folder = nullcontext("/tmp") if strong else tempfile.TemporaryDirectory(prefix="posttrain-")
+        with tempfile.TemporaryFile() as file, folder as workdir:
+            _write_jobs(file, jobs, self.limits, candidate_program() if strong else b"")
+            if not strong and os.getuid() == 0:
                 os.chown(workdir, FIRST_UID + self.slot, FIRST_UID + self.slot)
             output, errors, clean = self._supervise(file, workdir, len(jobs))
         lines = output.split(b"\n")
@@ -147,7 +151,7 @@ class Sandbox:
         passed = [info_write] + ([filter_fd] if filter_fd >= 0 else [])
         strong = self.isolation == "bubblewrap"
         driver = [PYTHON, "-s", "-S", "-B", "-X", "utf8", "-c", START, "strong" if strong else "weak",
-                  "/tmp" if strong else workdir, _compiled(DRIVER), _compiled(HARNESS)]
+                  workdir, _compiled(DRIVER), _compiled(HARNESS)]
         command = [*_drop_root(self.slot), *(_bwrap(self.limits, info_write, filter_fd) if strong else []), *driver]
         try:
             process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

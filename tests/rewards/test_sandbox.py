@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,36 @@ try: mmap.mmap(-1, 4096)
 except PermissionError: print('refused')
 print(os.path.exists('/dev/zero'), len(mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))
 """) == "refused\nFalse 4096\n"
+
+
+def test_a_caller_that_is_killed_leaves_no_process_and_no_file(tmp_path):
+    call = ("from rewards.sandbox import *\n"
+            "Sandbox(slot=80).run([Job('python', 'programs', 'import time; time.sleep(60)', [''])])")
+    caller = subprocess.Popen([sys.executable, "-c", call], env={
+        **os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])})
+    try:
+        within_seconds(20, lambda: len(below(caller.pid)) == 4)  # bubblewrap, keeper, supervisor and candidate
+        sandboxed = below(caller.pid)
+    finally:
+        caller.kill()
+        caller.wait()
+    within_seconds(20, lambda: not any(Path(f"/proc/{pid}").exists() for pid in sandboxed))
+    assert list(tmp_path.iterdir()) == []
+
+
+def below(pid):
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(pid) for pid in children] + [found for child in children for found in below(child)]
+
+
+def within_seconds(seconds, holds):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_machine_without_bubblewrap_is_told_the_remedy(monkeypatch):
