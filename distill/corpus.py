@@ -13,7 +13,7 @@ from distill.problems import logic, math, writing
 from distill.problems.drawing import NAMES
 from distill.prompts import prompt_messages, worked_completion
 from pipeline.records import Message, Problem
-from rewards.judge import pairwise_messages, pointwise_messages
+from rewards.judge_prompts import pairwise_messages, pointwise_messages
 
 Document = dict[str, object]  # {"messages": [...]} or {"text": ...}
 

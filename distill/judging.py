@@ -12,7 +12,7 @@ from random import Random
 from distill.corpus import DRAFT_QUALITIES, pairwise_judgement, pointwise_judgement
 from distill.problems import writing
 from pipeline.records import Message, Problem, content_id
-from rewards.judge import pairwise_messages, pointwise_messages
+from rewards.judge_prompts import pairwise_messages, pointwise_messages
 
 Demonstration = tuple[str, list[Message], str]  # id, prompt, judgement
 

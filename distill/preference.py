@@ -14,7 +14,8 @@ from typing import Any
 from distill.problems import writing
 from pipeline.records import Message, Problem, Sample, content_id
 from rewards.extract import split_thinking
-from rewards.judge import Comparison, pairwise_messages, parse_pairwise, pointwise_messages
+from rewards.judge import Comparison
+from rewards.judge_prompts import pairwise_messages, parse_pairwise, pointwise_messages
 
 MAX_LENGTH_RATIO = 2.0
 _CRITIQUES = re.compile(r"^A: (?P<a>.*?)\nB: (?P<b>.*?)\nScores:", re.DOTALL | re.MULTILINE)

@@ -21,7 +21,7 @@ from pipeline.records import Check, Problem
 from pipeline.stage import StageError
 
 BadRow = dict[str, Any]  # path, line (from 1), error, text (its first 200 characters)
-CHECK_KINDS = ("math", "exact", "code", "principles")
+CHECK_KINDS = ("math", "exact", "code", "principles", "match")
 
 
 class RowError(ValueError):
@@ -29,7 +29,7 @@ class RowError(ValueError):
 
 
 def load_domain(name: str, config: DomainConfig, seed: int) -> tuple[list[Problem], list[BadRow]]:
-    """The problems of domain `name` and the rows that could not be read.
+    """The problems of domain `name`, with the recipe's constitution, and the rows that could not be read.
 
     A generated source yields as many problems as the splits ask for. Rows of a held-out file or split come
     back with split "heldout", all others with split "". Raises StageError when a file is missing, a data set
@@ -42,12 +42,26 @@ def load_domain(name: str, config: DomainConfig, seed: int) -> tuple[list[Proble
             made = list(generate(sum(config.splits.values()), seed, source.skills))
         except ValueError as error:
             raise StageError(f"domains.{name}.source.skills: {error}") from None
-        return [dataclasses.replace(problem, domain=name) for problem in made], []
+        return [_under(dataclasses.replace(problem, domain=name), config.principles) for problem in made], []
     problems, bad = _read(name, source.format, _rows(name, source, heldout=False), split="")
     if source.heldout_path or (isinstance(source, DatasetSource) and source.heldout_split):
         held, held_bad = _read(name, source.format, _rows(name, source, heldout=True), split="heldout")
         problems, bad = problems + held, bad + held_bad
-    return problems, bad
+    for problem in problems:
+        kind = problem.check.kind if problem.check.judged else None
+        if kind != config.judged:
+            raise StageError(f"domains.{name}.judged: the recipe says {config.judged or 'nothing'}, and the source has "
+                             f"a problem checked by {problem.check.kind} ({problem.messages[-1]['content'][:60]!r}); "
+                             f"give judged: {kind or 'null'}, or domains of their own to different kinds of check")
+    return [_under(problem, config.principles) for problem in problems], bad
+
+
+def _under(problem: Problem, constitution: list[str]) -> Problem:
+    """The problem judged by the recipe's principles too."""
+    if not constitution:
+        return problem
+    check = dataclasses.replace(problem.check, principles=(*problem.check.principles, *constitution))
+    return dataclasses.replace(problem, id=Problem.make_id(problem.messages, check), check=check)
 
 
 Row = tuple[str, int, Any]  # path or data set, line, a dictionary or undecoded text
@@ -213,7 +227,7 @@ def problem_row(domain: str, row: dict[str, Any], source: str) -> Problem:
     if unknown:
         raise RowError(f"check has unknown keys {unknown}")
     needed = {"math": ("reference",), "exact": ("reference",), "code": ("tests", "language"),
-              "principles": ("principles",)}[check["kind"]]
+              "principles": ("principles",), "match": ("reference",)}[check["kind"]]
     lacking = [key for key in needed if not check.get(key)]
     if lacking:
         raise RowError(f"check of kind {check['kind']} lacks {', '.join(lacking)}")

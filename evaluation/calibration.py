@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from pipeline.records import Problem
+from pipeline.records import Check, Problem, Status
 from rewards.judge import Judge
 
 LabelledPair = tuple[Problem, str, str, float]  # problem, A, B, how much better A is (never 0)
+MatchCase = tuple[Problem, str, bool]  # problem with a reference, answer, whether they match
 
 
 def calibrate(judge: Judge, pairs: Sequence[LabelledPair], truth: str) -> dict[str, Any]:
@@ -27,13 +29,36 @@ def calibrate(judge: Judge, pairs: Sequence[LabelledPair], truth: str) -> dict[s
             continue
         consistent += comparison.consistent
         pairwise += _credit(comparison.score_a, comparison.score_b, gap)
+    ranked: list[tuple[float, float]] = []
     for (_, _, _, gap), a, b in zip(pairs, judge.score(problems, first), judge.score(problems, second), strict=True):
-        pointwise += _credit(a.score, b.score, gap)
+        credit = _credit(a.score, b.score, gap)
+        pointwise += credit
+        if a.score is not None and b.score is not None:
+            ranked.append((0.5 + abs(a.score - b.score) / 2, credit))
     n = len(pairs)
     return {"n": n, "truth": truth, "accuracy": pointwise / n if n else None,
             "pairwise_accuracy": pairwise / n if n else None,
             "consistency": consistent / (n - abstained) if n > abstained else None,
-            "abstain_rate": abstained / n if n else None}
+            "abstain_rate": abstained / n if n else None, "ece": expected_calibration_error(ranked)}
+
+
+def calibrate_match(judge: Judge, cases: Sequence[MatchCase]) -> dict[str, Any]:
+    """How often the judge is right about whether an answer matches its reference; an abstention counts as wrong."""
+    verdicts = judge.score([replace(problem, check=Check("match", problem.check.reference)) for problem, _, _ in cases],
+                           [answer for _, answer, _ in cases])
+    right = sum((found.status is Status.CORRECT) == truth for found, (_, _, truth) in zip(verdicts, cases, strict=True)
+                if found.score is not None)
+    return {"match_n": len(cases), "match_accuracy": right / len(cases),
+            "match_abstain_rate": sum(found.score is None for found in verdicts) / len(cases)}
+
+
+def expected_calibration_error(ranked: Sequence[tuple[float, float]], bins: int = 10) -> float | None:
+    """Mean distance of accuracy from confidence over equal bins of [0.5, 1], weighted by their (confidence, credit)."""
+    binned: dict[int, list[tuple[float, float]]] = {}
+    for confidence, credit in ranked:
+        binned.setdefault(min(int((confidence - 0.5) * 2 * bins), bins - 1), []).append((confidence, credit))
+    return sum(abs(sum(credit - confidence for confidence, credit in rows)) for rows in binned.values()) / len(
+        ranked) if ranked else None
 
 
 def _credit(score_a: float | None, score_b: float | None, gap: float) -> float:

@@ -74,12 +74,26 @@ class DomainConfig(Section):
     source: Source
     splits: dict[Literal["corpus", "sft", "preference", "rl", "heldout"], Annotated[int, Field(ge=0)]] = Field(
         description="rows per split; splits never share a problem")
-    judged: bool = Field(False, description="no rule can check the answers: the generative reward model does")
+    judged: Literal["principles", "match"] | None = Field(
+        None, description="where no rule can check the answers: the generative reward model scores them by principles, "
+        "or says whether they match a free-form reference")
+    principles: list[str] = Field([], description="a constitution: what every answer of the domain is judged by, "
+                                  "beside the principles of its own problem")
+    feedback: Literal["reward_model", "self"] = Field(
+        "reward_model", description="the judge in RL; self: the policy as it was when RL began, by its own votes "
+        "(section 5.4.2)")
 
     @model_validator(mode="after")
     def _consistent(self) -> DomainConfig:
-        if isinstance(self.source, GeneratedSource) and self.judged != (self.source.generator == "writing"):
-            raise ValueError(f"judged must be {not self.judged} with the {self.source.generator} generator")
+        if isinstance(self.source, GeneratedSource):
+            wanted = "principles" if self.source.generator == "writing" else None
+            if self.judged != wanted:
+                raise ValueError(f"judged must be {wanted or 'left out'} with the {self.source.generator} generator "
+                                 f"(got {self.judged})")
+        if self.principles and self.judged != "principles":
+            raise ValueError("principles need judged: principles")
+        if self.feedback == "self" and not self.judged:
+            raise ValueError("feedback: self needs a judged domain; elsewhere a rule decides")
         return self
 
 
@@ -169,6 +183,7 @@ class GrpoConfig(Section):
     device_batch: PositiveInt = Field(8, description="completions per forward pass; losses do not depend on it")
     reasoning_share: Fraction01 = Field(0.5, description="share of prompts with the reflective system prompt")
     rewards: RewardWeights = RewardWeights()
+    self_votes: PositiveInt = Field(1, description="votes of the policy's own start, where it is the judge")
     bias_gamma: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the balance bias is frozen in RL")
     max_grad_norm: PositiveFloat = 1.0
     reference_steps: PositiveInt = Field(400, description="steps after which the KL reference is replaced")
@@ -241,6 +256,9 @@ class PreferenceConfig(Section):
 
 class RewardModelConfig(Section):
     train: TrainConfig = TrainConfig(epochs=1, learning_rate=6e-6)
+    match_rows: Annotated[int, Field(ge=0)] = Field(
+        20000, description="comparisons with a reference to train on, from verified samples, half of them wrong; taken "
+        "where a domain is judged by match")
     votes: PositiveInt = Field(1, description="judgements averaged per scored completion")
     max_tokens: PositiveInt = 8192
     min_accuracy: Fraction01 = Field(0.6, description="held-out pair accuracy below which it may not be a reward")
@@ -302,7 +320,7 @@ class Recipe(Section):
                              ("generate.max_tokens", self.generate.max_tokens),
                              ("evaluation.max_tokens", self.evaluation.max_tokens),
                              *(("preference.max_tokens", self.preference.max_tokens) for domain in
-                               self.domains.values() if domain.judged)):
+                               self.domains.values() if domain.judged == "principles")):
             if length > self.model.max_length:
                 raise ValueError(f"{path} {length} is above model.max_length {self.model.max_length}")
         if self.model.source.type == "tiny" and self.model.dtype != "float32":

@@ -66,7 +66,8 @@ class Check:
     """How an answer to a problem is checked.
 
     kind: "math" (boxed answer, mathematical equality with `reference`), "exact" (boxed answer, normalised
-    text equality), "code" (`tests` run on the code block), "principles" (a judge applies `principles`).
+    text equality), "code" (`tests` run on the code block), "principles" (a judge applies `principles`), "match" (a
+    judge compares with the free-form `reference`).
     tests: JSON text, a list of {"args": [...], "expected": value} (function calls of `entry_point`) or
     {"stdin": text, "expected": text} (whole programs); for kind "code" only. {"assert_code": text} holds
     HumanEval's `check(candidate)` form.
@@ -78,6 +79,11 @@ class Check:
     entry_point: str | None = None
     tests: str | None = None
     principles: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> bool:
+        """Whether no rule decides but a judge."""
+        return self.kind in ("principles", "match")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class RunView:
         self.by_name = {view.name: view for view in self.stages}
         domains = self.recipe.get("domains", {})
         self.domains = list(domains)
-        self.judged = {name for name, config in domains.items() if config.get("judged")}
+        self.judged = {name for name, config in domains.items() if config.get("judged") == "principles"}
 
     def _view(self, item: PlannedStage) -> StageView:
         name = item.stage.name

@@ -285,10 +285,13 @@ def _calibration(run: RunView) -> str:
     floor = run.setting("reward_model.min_accuracy")
     names = {"n": "held-out pairs", "truth": "truth", "accuracy": "pairs ranked right, single scores",
              "pairwise_accuracy": "pairs judged right, both orders", "consistency": "both orders agree",
-             "abstain_rate": "abstained"}
+             "abstain_rate": "abstained", "ece": "expected calibration error, single scores",
+             "match_n": "held-out comparisons with a reference", "match_accuracy": "comparisons judged right",
+             "match_abstain_rate": "comparisons abstained from"}
     rows = []
     for key, value in found.items():
         shown = "unknown" if value is None else percent(value) if isinstance(value, float) else number(value)
-        needed = f"at least {percent(floor, 0)} to be a reward" if key == "accuracy" and floor is not None else ""
+        gated = key in ("accuracy", "match_accuracy") and floor is not None
+        needed = f"at least {percent(floor, 0)} to be a reward" if gated else ""
         rows.append([text(names.get(key, key)), text(shown), text(needed)])
     return tag("h3", "The judge, before it may be a reward") + table(["calibration", "value", ""], rows, right=(1,))

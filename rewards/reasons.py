@@ -49,6 +49,7 @@ class Reason(StrEnum):
     OUTPUT_LIMIT = "output_limit", "more output than allowed"
     NO_FUNCTION = "no_function", "the function asked for is not defined"
     # judging
+    INJECTION = "injection", "speaks to the judge, or writes a verdict, instead of answering"
     JUDGED = "judged", "mean score of the judge's votes"
     NO_VOTE = "no_vote", "none of the judge's outputs could be parsed"
     # the verifier itself

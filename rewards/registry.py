@@ -16,22 +16,22 @@ from types import TracebackType
 from pipeline.records import Check, Problem, Status, Verdict
 from pipeline.stage import StageError
 from rewards.code import verify_code_batch
-from rewards.judge import Judge
+from rewards.judge import Judge, Judges
 from rewards.math import MathPool, verify_exact, verify_math
 from rewards.sandbox import Isolation, Limits, Sandbox
 
 JOBS_PER_SANDBOX = 16  # enough to share the start of a sandbox, few enough to share the work among threads
-KINDS = ("math", "exact", "code", "principles")
+KINDS = ("math", "exact", "code", "principles", "match")
 
 
 class Verifier:
     """Verdicts for any `Check`. Safe to call from any thread; `close` it (or use `with`) to end its workers.
 
-    judge: needed for checks of kind "principles". workers: sandboxes, and math workers, at a time.
+    judge: needed for checks of kind "principles" and "match". workers: sandboxes, and math workers, at a time.
     Raises SandboxUnavailable at the first code check on a machine without bubblewrap.
     """
 
-    def __init__(self, judge: Judge | None = None, workers: int = 2, limits: Limits | None = None,
+    def __init__(self, judge: Judge | Judges | None = None, workers: int = 2, limits: Limits | None = None,
                  isolation: Isolation = "bubblewrap") -> None:
         self.judge, self.workers, self.limits, self.isolation = judge, workers, limits or Limits(), isolation
         self._math = MathPool(workers)
@@ -52,9 +52,10 @@ class Verifier:
             if problem.check.kind not in by_kind:
                 raise ValueError(f"problem {problem.id}: check kind {problem.check.kind!r} is not one of {KINDS}")
             by_kind[problem.check.kind].append(key)
-        if by_kind["principles"] and self.judge is None:
-            raise ValueError(f"{len(by_kind['principles'])} problems are checked by principles, and this Verifier "
-                             "has no judge: pass Verifier(judge=...) or leave those domains out")
+        judged = [key for key, problem in unique.items() if problem.check.judged]
+        if judged and self.judge is None:
+            raise ValueError(f"{len(judged)} problems need a judge, and this Verifier has none: pass "
+                             "Verifier(judge=...) or leave those domains out")
 
         def code(chunk: list[tuple[str, str]]) -> list[Verdict]:
             sandbox = self._sandboxes.get()
@@ -77,10 +78,9 @@ class Verifier:
         verdicts: dict[tuple[str, str], Verdict] = {}
         for key in by_kind["exact"]:
             verdicts[key] = verify_exact(key[1], unique[key].check.reference or "", _prompt(unique[key]))
-        if by_kind["principles"] and self.judge:
-            judged = self.judge.score([unique[key] for key in by_kind["principles"]],
-                                      [completion for _, completion in by_kind["principles"]])
-            verdicts.update(zip(by_kind["principles"], judged, strict=True))
+        if judged and self.judge:
+            scored = self.judge.score([unique[key] for key in judged], [completion for _, completion in judged])
+            verdicts.update(zip(judged, scored, strict=True))
         for chunk, future in pending:
             verdicts.update(zip(chunk, future.result(), strict=True))
         return [verdicts[key] for key in keys]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import random
 
+from pipeline.records import Problem, Sample, content_id, read_table
 from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
-from workflows.expert import run_grpo
+from workflows.expert import run_grpo, self_judge
 from workflows.inference import open_model
+
+HELDOUT_SHARE = 10  # one problem in so many calibrates the judge's matching and is not trained on
 
 
 def sft(context: StageContext) -> StageResult:
@@ -35,8 +38,6 @@ def preference(context: StageContext) -> StageResult:
                        context.seed)
     problems = [p for p in load_problems(context, "preference") if p.check.kind == "principles"]
     problems = problems[:config.pairs + config.heldout_pairs]
-    if len(problems) < 2:
-        raise StageError("preference: no judged problems in the preference split (domains.NAME.splits.preference)")
     samples = generate([Order(p, "original", prompt_messages(p, "original"), 2) for p in problems],
                        sampler=model.sampler(config.temperature, config.max_tokens), encode=model.encode,
                        decode=model.decode, checkpoint=model.digest, log_path=context.work / "requests.jsonl",
@@ -74,8 +75,9 @@ def preference(context: StageContext) -> StageResult:
 
 def reward_model(context: StageContext) -> StageResult:
     """Train the judge from the SFT checkpoint on judgements with their reasoning, then calibrate it."""
+    from distill.matching import match_demonstration
     from distill.preference import labelled, training_rows
-    from evaluation.calibration import calibrate
+    from evaluation.calibration import calibrate, calibrate_match
     from policy.tokenizer import load_tokenizer
     from rl.engine import make_room
     from sft.trainer import train_sft
@@ -83,35 +85,82 @@ def reward_model(context: StageContext) -> StageResult:
     config = context.config["reward_model"]
     start = context.inputs["sft"] / "checkpoint"
     make_room(start)
-    problems = {problem.id: problem for problem in load_problems(context, "preference")}
-    pairs = [json.loads(line) for line in (context.inputs["preference"] / "pairs.jsonl").read_text().splitlines()]
+    problems = {problem.id: problem for problem in load_problems(context)}
+    pairs = _pairs(context)
     rows = training_rows([pair for pair in pairs if pair["split"] == "train" and pair["reason"] is None], problems)
+    cases, heldout_cases = _match_cases(context, problems)
+    rows += [match_demonstration(*case) for case in cases]
     packed = write_packs(context, load_tokenizer(start), rows, config.train.pack_length, context.work / "packs.parquet")
     metrics = train_sft(config.train, start=start, packs=context.work / "packs.parquet", out=context.out,
                         work=context.work, seed=context.seed, dtype=context.config["model"].dtype,
                         progress=context.progress)
     model = open_model(context.out / "checkpoint", context.config["model"], context.config["engine"], context.seed)
     judge = model.judge(context.seed)
-    calibration = calibrate(judge, *labelled([pair for pair in pairs if pair["split"] == "heldout"], problems))
+    calibration = {}
+    if "preference" in context.inputs:
+        calibration |= calibrate(judge, *labelled([pair for pair in pairs if pair["split"] == "heldout"], problems))
+    if heldout_cases:
+        calibration |= calibrate_match(judge, heldout_cases)
     (context.out / "calibration.json").write_text(json.dumps(calibration, indent=2))
-    return StageResult(counts={"judgements": len(rows), **packed.counts, "heldout_pairs": calibration["n"]},
+    return StageResult(counts={"judgements": len(rows), **packed.counts, "heldout_pairs": calibration.get("n", 0)},
                        metrics={**metrics, **{f"calibration_{key}": value for key, value in calibration.items()
                                               if isinstance(value, int | float)}},
-                       key_metric="calibration_accuracy")
+                       key_metric="calibration_accuracy" if "accuracy" in calibration else "calibration_match_accuracy")
+
+
+def _pairs(context: StageContext) -> list[dict]:
+    """The judged pairs; none where no domain is judged by principles."""
+    if "preference" not in context.inputs:
+        return []
+    return [json.loads(line) for line in (context.inputs["preference"] / "pairs.jsonl").read_text().splitlines()]
+
+
+def _match_cases(context: StageContext, problems: dict[str, Problem]) -> tuple[list, list]:
+    """Comparisons to train on and, of other problems, to calibrate with; none where no problem is judged by match."""
+    from distill.matching import match_cases
+
+    if not any(problem.check.kind == "match" for problem in problems.values()):
+        return [], []
+    samples, count = read_table(context.inputs["verify"] / "samples.parquet", Sample), context.config[
+        "reward_model"].match_rows
+    heldout = {id_ for id_ in problems if int(content_id(id_, "match")[:8], 16) % HELDOUT_SHARE == 0}
+    train, held = ([sample for sample in samples if (sample.problem_id in heldout) == side] for side in (False, True))
+    cases = match_cases(train, problems, count, context.seed)
+    if not cases:
+        raise StageError("reward-model: a domain is judged by match, and no verified sample of a math or exact problem "
+                         "shows a right and a wrong comparison to learn from; add a domain with references that a rule "
+                         "checks, or sample more in generate")
+    return cases, match_cases(held, problems, -(-count // HELDOUT_SHARE), context.seed)
 
 
 def rl(context: StageContext) -> StageResult:
-    """GRPO on all domains: rule rewards where checkable, the generative reward model elsewhere (section 5.2)."""
-    judge = None
-    if "reward-model" in context.inputs:
-        folder, config = context.inputs["reward-model"], context.config["reward_model"]
-        calibration = json.loads((folder / "calibration.json").read_text())
-        if calibration["accuracy"] is None or calibration["accuracy"] < config.min_accuracy:
-            raise StageError(f"rl: the reward model ranks {calibration['accuracy']} of {calibration['n']} held-out "
-                             f"pairs right, below reward_model.min_accuracy {config.min_accuracy:g}; a weak judge is "
-                             "rewarded noise. Train it longer or on more pairs, or lower the bound")
-        model = open_model(folder / "checkpoint", context.config["model"], context.config["engine"], context.seed,
-                           role="judge")
-        judge = model.judge(context.seed, votes=config.votes, max_tokens=config.max_tokens,
-                            temperature=0.0 if config.votes == 1 else 1.0)
-    return run_grpo(context, context.inputs["sft"] / "checkpoint", load_problems(context, "rl"), judge)
+    """GRPO on all domains: rule rewards where checkable, a judge elsewhere (section 5.2, 5.4.2)."""
+    from rewards.judge import Judges
+
+    start, feedback = context.inputs["sft"] / "checkpoint", context.config["feedback"]
+    problems = load_problems(context, "rl")
+    by_feedback = {}
+    if "reward_model" in feedback.values():
+        _refuse_weak(context, {problem.check.kind for problem in problems
+                               if feedback.get(problem.domain) == "reward_model"})
+        config = context.config["reward_model"]
+        model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
+                           context.config["engine"], context.seed, role="judge")
+        by_feedback["reward_model"] = model.judge(context.seed, votes=config.votes, max_tokens=config.max_tokens,
+                                                  temperature=0.0 if config.votes == 1 else 1.0)
+    if "self" in feedback.values():
+        by_feedback["self"] = self_judge(context, start, "self")
+    judges = Judges({domain: by_feedback[kind] for domain, kind in feedback.items()}) if feedback else None
+    return run_grpo(context, start, problems, judges)
+
+
+def _refuse_weak(context: StageContext, kinds: set[str]) -> None:
+    """Raises StageError where the reward model does worse on held-out judgements than a reward may."""
+    calibration = json.loads((context.inputs["reward-model"] / "calibration.json").read_text())
+    floor = context.config["reward_model"].min_accuracy
+    for kind, key, count in (("principles", "accuracy", "n"), ("match", "match_accuracy", "match_n")):
+        found = calibration.get(key)
+        if kind in kinds and (found is None or found < floor):
+            raise StageError(f"rl: the reward model judges {found} of {calibration.get(count, 0)} held-out cases right "
+                             f"({kind}), below reward_model.min_accuracy {floor:g}; a weak judge is rewarded noise. "
+                             "Train it longer or on more cases, or lower the bound")

@@ -2,7 +2,7 @@
 
     problems -> base -> per domain: expert-D-sft -> expert-D-rl -> generate-D
       -> verify -> reject -> curate -> pack -> sft
-      -> preference -> reward-model            (when a domain is judged)
+      -> preference -> reward-model            (where principles judge; where a domain is judged at all)
       -> rl -> evaluate -> export
 
 Stage functions import their heavy libraries inside, so that `--dry-run` and `status` stay light.
@@ -27,12 +27,13 @@ REINFORCED = ("policy", "rl", "rewards", "distill.prompts")
 def build(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in an order in which they can run. Raises RecipeError for a split nobody filled."""
     for name, domain in recipe.domains.items():
-        for split in ("sft", "rl", "preference") if domain.judged else ("sft", "rl"):
+        for split in ("sft", "rl", "preference") if domain.judged == "principles" else ("sft", "rl"):
             if not domain.splits.get(split):
                 raise RecipeError(f"domains.{name}.splits.{split}: needs rows, as a stage works on them "
                                   f"(got {domain.splits.get(split, 0)})")
     domains = list(recipe.domains)
     judged = [name for name, domain in recipe.domains.items() if domain.judged]
+    feedback = {name: recipe.domains[name].feedback for name in judged}
     shared = {"model": recipe.model, "engine": recipe.engine}
     stages = [
         Stage("problems", data.problems, {"domains": recipe.domains},
@@ -75,22 +76,28 @@ def build(recipe: Recipe) -> list[Stage]:
               modules=("workflows.alignment", *TRAINED), title="Supervised training of the policy"),
     ]
     rewarded: tuple[str, ...] = ()
-    if judged:
-        rewarded = ("reward-model",)
+    pairs: tuple[str, ...] = ()
+    if any(recipe.domains[name].judged == "principles" for name in judged):
+        pairs = ("preference",)
         stages += [
             Stage("preference", alignment.preference, {**shared, "preference": recipe.preference},
                   ("problems", "sft"), modules=("workflows.alignment", *SAMPLED, "rewards", "distill.preference"),
                   title="Pairs judged in both orders by the SFT model"),
+        ]
+    if judged:
+        rewarded = ("reward-model",)
+        stages += [
             Stage("reward-model", alignment.reward_model, {**shared, "reward_model": recipe.reward_model},
-                  ("problems", "preference", "sft"),
+                  ("problems", "verify", *pairs, "sft"),
                   modules=("workflows.alignment", *TRAINED, *SAMPLED, *PACKED, "rewards", "distill.preference",
-                           "evaluation.calibration"),
+                           "distill.matching", "evaluation.calibration"),
                   title="Train and calibrate the generative reward model"),
         ]
     experts = tuple(f"expert-{name}-rl" for name in domains)
     return [
         *stages,
-        Stage("rl", alignment.rl, {**shared, "rl": recipe.rl, "reward_model": recipe.reward_model},
+        Stage("rl", alignment.rl, {**shared, "rl": recipe.rl, "reward_model": recipe.reward_model,
+                                   "feedback": feedback},
               ("problems", "sft", *rewarded), modules=("workflows.alignment", *REINFORCED),
               title="GRPO on all domains"),
         Stage("evaluate", ending.evaluate, {**shared, "evaluation": recipe.evaluation, "domains": domains},

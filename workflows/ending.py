@@ -23,7 +23,9 @@ def evaluate(context: StageContext) -> StageResult:
 
     config, domains = context.config["evaluation"], context.config["domains"]
     problems = {name: load_problems(context, "heldout", name) for name in domains}
-    judged = {name for name, rows in problems.items() if rows and rows[0].check.kind == "principles"}
+    kinds = {name: rows[0].check.kind for name, rows in problems.items() if rows}
+    judged = {name for name, kind in kinds.items() if kind == "principles"}
+    matched = {name for name, kind in kinds.items() if kind == "match"}
     problems = {name: rows[:config.judged_problems if name in judged else config.problems]
                 for name, rows in problems.items() if rows}
     models = {"base": ("base", list(problems), "original"),
@@ -33,7 +35,9 @@ def evaluate(context: StageContext) -> StageResult:
     result: dict[str, dict[str, dict]] = {label: {} for label in models}
     kept: list[Sample] = []
     reflective: dict[str, float | None] = {}
-    with open_verifier(None, [p for name, rows in problems.items() if name not in judged for p in rows]) as verifier:
+    waiting: dict[tuple[str, str], tuple[list[Sample], list[Sample]]] = {}
+    with open_verifier(None, [p for name, rows in problems.items() if name not in judged | matched
+                              for p in rows]) as verifier:
         for label, (stage, own, form) in models.items():
             model = open_model(context.inputs[stage] / "checkpoint", context.config["model"], context.config["engine"],
                                context.seed)
@@ -46,6 +50,9 @@ def evaluate(context: StageContext) -> StageResult:
                     continue
                 sampled = ask(problems[name][:config.k_problems], form, samples=config.k,
                               temperature=config.temperature)
+                if name in matched:
+                    waiting[label, name] = greedy, sampled
+                    continue
                 greedy, sampled = (_verified(verifier, rows, problems[name]) for rows in (greedy, sampled))
                 result[label][name] = accuracy(greedy, sampled, config.k)
                 answers[label][name] = greedy
@@ -56,12 +63,18 @@ def evaluate(context: StageContext) -> StageResult:
                                         problems[name])
                     reflective[f"base/{name}/reflective"] = accuracy(thought, [], config.k)["accuracy"]
                     kept += thought
-    check_infrastructure([sample.verdict for sample in kept if sample.verdict], context.name)
     judge = None
-    if any(_measure(problem, "") is None for name in judged for problem in problems[name]):
+    if matched or any(_measure(problem, "") is None for name in judged for problem in problems[name]):
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed)
         judge = model.judge(context.seed)
+    with open_verifier(judge, []) as verifier:
+        for (label, name), rows in waiting.items():
+            greedy, sampled = (_verified(verifier, part, problems[name]) for part in rows)
+            result[label][name] = accuracy(greedy, sampled, config.k)
+            kept += greedy + sampled
+            context.progress.note(f"{label} on {name}: {_percent(result[label][name]['accuracy'])} match")
+    check_infrastructure([sample.verdict for sample in kept if sample.verdict], context.name)
     for label, (_, own, _) in models.items():
         for name in judged & set(own):
             rows, base = answers[label][name], answers["base"][name]

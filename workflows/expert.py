@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.records import Problem
 from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
 from workflows.inference import open_model, open_verifier, scorer
+
+if TYPE_CHECKING:
+    from rewards.judge import Judge, Judges
 
 DRILL_TOKENS = 25  # fewer than the mean drill has, to make enough of them
 
@@ -132,15 +136,19 @@ def expert_rl(context: StageContext, domain: str) -> StageResult:
     The judge keeps those weights: one that moved with the policy would come to approve of it.
     """
     start, problems = context.inputs[f"expert-{domain}-sft"] / "checkpoint", load_problems(context, "rl", domain)
-    judge = None
-    if any(problem.check.kind == "principles" for problem in problems):
-        judge = open_model(start, context.config["model"], context.config["engine"], context.seed,
-                           role="judge").judge(context.seed)
+    judge = self_judge(context, start, "judge") if any(problem.check.judged for problem in problems) else None
     return run_grpo(context, start, problems, judge)
 
 
-def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge) -> StageResult:
-    """One GRPO training of the checkpoint in `start`; `judge` is needed where problems have principles."""
+def self_judge(context: StageContext, start: Path, role: str) -> Judge:
+    """The policy as it is before RL, judging by its own votes (`rl.self_votes`) in the engine of `role`."""
+    votes = context.config["rl"].self_votes
+    return open_model(start, context.config["model"], context.config["engine"], context.seed, role=role).judge(
+        context.seed, votes=votes, temperature=0.0 if votes == 1 else 1.0)
+
+
+def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge: Judge | Judges | None) -> StageResult:
+    """One GRPO training of the checkpoint in `start`; `judge` is needed where no rule checks the problems."""
     from distill.prompts import prompt_messages
     from rl.grpo import train_grpo
     from rl.trainer import Prompt

@@ -13,7 +13,7 @@ from pipeline.records import Problem, Status, Verdict
 from pipeline.stage import StageError
 
 if TYPE_CHECKING:
-    from rewards.judge import Judge
+    from rewards.judge import Judge, Judges
     from rewards.registry import Verifier
     from rl.engine import RolloutEngine
     from rl.trainer import Scorer
@@ -77,12 +77,12 @@ def open_model(checkpoint: Path, model: ModelConfig, engine_config: EngineConfig
 
 
 @contextmanager
-def open_verifier(judge: Judge | None, problems: Sequence[Problem]) -> Iterator[Verifier]:
+def open_verifier(judge: Judge | Judges | None, problems: Sequence[Problem]) -> Iterator[Verifier]:
     """A verifier whose canaries for the kinds of check among `problems` have passed."""
     from rewards.registry import Verifier
 
     with Verifier(judge=judge) as verifier:
-        verifier.run_canaries(sorted({problem.check.kind for problem in problems} - {"principles"}),
+        verifier.run_canaries(sorted({problem.check.kind for problem in problems if not problem.check.judged}),
                               sorted({problem.check.language or "python" for problem in problems}))
         yield verifier
 

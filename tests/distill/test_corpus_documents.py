@@ -13,7 +13,7 @@ from distill.corpus import (
 from distill.problems import GENERATORS, writing
 from distill.prompts import REFLECTIVE_SYSTEM_PROMPT
 from distill.sources import humaneval_problem
-from rewards.judge import parse_pairwise, parse_pointwise
+from rewards.judge_prompts import parse_pairwise, parse_pointwise
 
 
 def corpus(count=200):

@@ -7,7 +7,8 @@ import pytest
 from distill.preference import Pair, keep_pair, labelled, pairs_of, training_rows
 from distill.problems import writing
 from pipeline.records import Check, Sample
-from rewards.judge import Comparison, pairwise_messages, parse_pairwise, parse_pointwise, pointwise_messages
+from rewards.judge import Comparison
+from rewards.judge_prompts import pairwise_messages, parse_pairwise, parse_pointwise, pointwise_messages
 
 NOTES = list(writing.generate(6, 0))
 FOREIGN = dataclasses.replace(NOTES[0], id="foreign", source="jsonl:mine",

@@ -92,7 +92,7 @@ def test_rows_of_a_heldout_file_are_marked(tmp_path):
 def test_problem_rows_round_trip_and_bad_checks_are_refused(tmp_path):
     from distill.problems import GENERATORS
 
-    made = list(GENERATORS["code"](3, 0)) + list(GENERATORS["writing"](1, 0))
+    made = list(GENERATORS["code"](3, 0)) + list(GENERATORS["math"](1, 0))
     rows = [dataclasses.asdict(problem) for problem in made]
     broken = {**rows[0], "messages": "hello", "check": {"kind": "code", "language": "python"}}
     path = write(tmp_path / "rows.jsonl", *rows, broken)
@@ -114,3 +114,25 @@ def test_a_local_file_or_saved_folder_stands_in_for_a_data_set_id(tmp_path, monk
                                                 heldout_split="test"), seed=0)
     assert from_file[0].id == from_folder[0].id
     assert [p.split for p in from_folder] == ["", "heldout"]
+
+
+def test_the_constitution_of_the_recipe_is_added_to_every_problem():
+    config = DomainConfig(source={"type": "generated", "generator": "writing"}, judged="principles",
+                          principles=["It is kind."], splits={"sft": 2, "rl": 2, "preference": 2})
+    problems, _ = load_domain("writing", config, 0)
+    plain, _ = load_domain("writing", config.model_copy(update={"principles": []}), 0)
+    assert [p.check.principles for p in problems] == [(*p.check.principles, "It is kind.") for p in plain]
+    assert not {p.id for p in problems} & {p.id for p in plain}
+
+
+@pytest.mark.parametrize(("judged", "check", "remedy"), [
+    (None, {"kind": "match", "reference": "a pump"}, "judged: match"),
+    ("match", {"kind": "math", "reference": "4"}, "judged: null"),
+    ("match", {"kind": "principles", "principles": ["kind"]}, "judged: principles")])
+def test_a_domain_judged_otherwise_than_its_problems_say_stops_with_the_remedy(tmp_path, judged, check, remedy):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": "What is a heart?", "check": check}))
+    config = DomainConfig(source={"type": "jsonl", "format": "problem", "path": str(path)}, judged=judged,
+                          splits={"sft": 1})
+    with pytest.raises(StageError, match=f"domains.bio.judged.*{remedy}"):
+        load_domain("bio", config, 0)

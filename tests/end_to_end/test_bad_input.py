@@ -31,7 +31,8 @@ from workflows.inference import check_infrastructure
     ("sft.pack_length=100", "sft: batch_tokens must be a multiple of pack_length x packs_per_device"),
     ("generate.max_tokens=9999", "generate.max_tokens 9999 is above model.max_length"),
     ("model.dtype=bfloat16", "model.dtype must be float32 for a tiny model (got bfloat16)"),
-    ("domains.math.judged=true", "domains.math: judged must be False with the math generator"),
+    ("domains.math.judged=match", "domains.math: judged must be left out with the math generator (got match)"),
+    ("domains.math.feedback=self", "domains.math: feedback: self needs a judged domain"),
 ])
 def test_a_wrong_recipe_is_refused_before_anything_is_written(override, message, tmp_path):
     done = posttrain("run", "smoke", "--run-dir", "run", override, folder=tmp_path)

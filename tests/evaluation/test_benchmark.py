@@ -1,7 +1,10 @@
+from dataclasses import replace
+from unittest.mock import ANY
+
 import pytest
 
 from evaluation.benchmark import accuracy, pooled, row, win_rate
-from evaluation.calibration import calibrate
+from evaluation.calibration import calibrate, calibrate_match, expected_calibration_error
 from evaluation.statistics import wilson
 from pipeline.records import Check, Problem, Sample, Status, Verdict
 from rewards.judge import Judge
@@ -116,7 +119,7 @@ def test_calibration_counts_right_consistent_and_abstained_pairs():
              (NOTE, "odd words", "good words", -1.0)]  # abstains, which counts as wrong
     assert calibrate(scripted_judge(QUALITY), pairs, "measured") == {
         "n": 4, "truth": "measured", "accuracy": 0.5, "pairwise_accuracy": 0.5, "consistency": 1.0,
-        "abstain_rate": 0.25}
+        "abstain_rate": 0.25, "ece": ANY}
 
 
 def test_a_judge_that_follows_the_order_is_not_consistent():
@@ -128,4 +131,26 @@ def test_a_judge_that_follows_the_order_is_not_consistent():
 def test_calibration_without_pairs_is_unknown():
     assert calibrate(scripted_judge(QUALITY), [], "votes") == {
         "n": 0, "truth": "votes", "accuracy": None, "pairwise_accuracy": None, "consistency": None,
-        "abstain_rate": None}
+        "abstain_rate": None, "ece": None}
+
+
+def test_calibration_error_is_the_distance_of_accuracy_from_confidence():
+    sure_and_right, sure_and_wrong, unsure = (0.95, 1.0), (0.95, 0.0), (0.5, 0.5)
+    assert expected_calibration_error([sure_and_right] * 9 + [sure_and_wrong]) == pytest.approx(0.05)
+    assert expected_calibration_error([sure_and_wrong, unsure]) == pytest.approx(0.95 / 2)
+    # within a bin too much and too little confidence cancel; between bins they do not
+    assert expected_calibration_error([(0.61, 0.0), (0.64, 1.0)]) == pytest.approx(0.125)
+    assert expected_calibration_error([(0.51, 0.0), (0.94, 1.0)]) == pytest.approx((0.51 + 0.06) / 2)
+    assert expected_calibration_error([]) is None
+
+
+def test_matching_is_calibrated_on_answers_whose_truth_is_known():
+    problem = replace(NOTE, check=Check("math", "4"))
+
+    def generate(conversations, n, seed):
+        texts = [conversation[0]["content"].split("Answer:\n")[1] for conversation in conversations]
+        return [[{"4": "same\nMatch: yes", "5": "same\nMatch: yes", "6": "no\nMatch: no"}.get(text[0], "?")]
+                for text in texts]
+
+    cases = [(problem, "4", True), (problem, "5", False), (problem, "6", False), (problem, "7", False)]
+    assert calibrate_match(Judge(generate), cases) == {"match_n": 4, "match_accuracy": 0.5, "match_abstain_rate": 0.25}

@@ -115,8 +115,8 @@ def test_an_edited_source_file_makes_the_stages_that_declare_it_stale(tmp_path, 
 def test_what_a_module_imports_belongs_to_it_and_a_missing_one_is_an_error():
     assert list(source_hashes(["pipeline.stage"])) == ["pipeline/stage.py"]
     corpus = source_hashes(["distill.corpus"])
-    # through distill.corpus -> rewards.judge -> rewards.extract
-    assert {"distill/problems/writing.py", "rewards/judge.py", "rewards/extract.py"} <= set(corpus)
+    # through distill.corpus -> rewards.judge_prompts -> rewards.extract
+    assert {"distill/problems/writing.py", "rewards/judge_prompts.py", "rewards/extract.py"} <= set(corpus)
     assert not [file for file in corpus if file.startswith(("workflows", "rl/"))]
     with pytest.raises(GraphError, match="stage x: module pipeline.nothing"):
         source_hashes(["pipeline.nothing"], "x")

@@ -32,7 +32,7 @@ VOID = {"meta", "br", "img", "hr", "link", "input"}
 
 
 def make_recipe(domains):
-    writing = {"source": {"type": "generated", "generator": "writing"}, "judged": True}
+    writing = {"source": {"type": "generated", "generator": "writing"}, "judged": "principles"}
     return Recipe.model_validate({
         "name": "made-up", "seed": 7, "model": {"source": {"type": "tiny"}, "dtype": "float32", "max_length": 256},
         "domains": {name: {**(writing if name == "writing" else {"source": {"type": "generated", "generator": name}}),

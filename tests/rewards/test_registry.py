@@ -59,7 +59,7 @@ def test_equal_pairs_are_verified_once(monkeypatch):
 
 
 def test_principles_without_a_judge_and_unknown_kinds_are_errors(verifier):
-    with pytest.raises(ValueError, match="no judge"):
+    with pytest.raises(ValueError, match="need a judge"):
         verifier.verify(TALK, "hi")
     with pytest.raises(ValueError, match="'taste'"):
         verifier.verify(problem(Check("taste")), "hi")
