@@ -24,7 +24,7 @@ from pipeline.stage import Stage
 from pipeline.workflow_lookup import existing_run, find_recipe, load_stages, open_run
 
 PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe
-COMMANDS = ("rewards.commands",)  # modules of other packages that bring commands of their own
+COMMANDS = ("workflows.commands",)  # modules of other packages that bring commands of their own
 STATE_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "stale": "magenta", "waiting": "dim"}
 
 app = typer.Typer(

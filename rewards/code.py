@@ -51,14 +51,19 @@ def prepare(completion: str, check: Check) -> Work | Verdict:
     if block.value is None:
         return verdict(Status.MALFORMED, Reason.NO_CODE_BLOCK, "code", began, thinking.answer[:120])
     try:
-        return _work(block.value, language, check)
+        return work_of(block.value, language, check)
     except (ValueError, KeyError, TypeError) as error:
         return verdict(Status.INFRA_ERROR, Reason.BAD_CHECK, "code", began, f"check cannot be run: {error!r}")
     except NoFunction as error:
         return verdict(Status.WRONG, Reason.NO_FUNCTION, "code", began, str(error))
 
 
-def _work(code: str, language: str, check: Check) -> Work:
+def work_of(code: str, language: str, check: Check) -> Work:
+    """A program paired with its tests.
+
+    Raises ValueError, KeyError or TypeError for a check that cannot be run, and NoFunction for a program that lacks the
+    function.
+    """
     tests = json.loads(check.tests or "null")
     nonce = secrets.token_hex(8)
     if isinstance(tests, dict):
@@ -74,9 +79,7 @@ def _work(code: str, language: str, check: Check) -> Work:
         expected = tuple(test["expected"] for test in tests)
         if not all(isinstance(text, str) for text in (*inputs, *expected)):
             raise ValueError("stdin and expected must be texts")
-        main = java_main(code) if language == "java" else ""
-        return Work(Job(language, "programs", java_program(code) if language == "java" else code, inputs, main=main),
-                    expected)
+        return Work(program_job(code, language, inputs), expected)
     if not check.entry_point or not re.fullmatch(r"[A-Za-z_]\w*", check.entry_point):
         raise ValueError(f"entry_point {check.entry_point!r} is not a name")
     inputs, expected = [test["args"] for test in tests], tuple(test["expected"] for test in tests)
@@ -87,6 +90,13 @@ def _work(code: str, language: str, check: Check) -> Work:
         raise NoFunction(f"no function {check.entry_point}")
     return Work(Job(language, "programs", call(code, check.entry_point, inputs, nonce), [json.dumps(inputs)],
                     check.entry_point, nonce, main="PosttrainCall"), expected)
+
+
+def program_job(code: str, language: str, inputs: Sequence[str]) -> Job:
+    """A whole program and the texts for its stdin, one process each. Raises NoFunction for Java without a main."""
+    if language == "java":
+        return Job(language, "programs", java_program(code), inputs, main=java_main(code))
+    return Job(language, "programs", code, inputs)
 
 
 def verify_code(completion: str, check: Check, sandbox: Sandbox) -> Verdict:
@@ -102,7 +112,8 @@ def verify_code_batch(items: Sequence[tuple[str, Check]], sandbox: Sandbox) -> l
     prepared = [prepare(completion, check) for completion, check in items]
     works = [work for work in prepared if isinstance(work, Work)]
     outcomes = iter(_run(works, sandbox))
-    return [_judge(next(outcomes), item, sandbox.isolation) if isinstance(item, Work) else item for item in prepared]
+    return [verdict_on(next(outcomes), item, sandbox.isolation) if isinstance(item, Work) else item
+            for item in prepared]
 
 
 def _run(works: Sequence[Work], sandbox: Sandbox) -> list[Outcome | SandboxFailure]:
@@ -117,7 +128,8 @@ def _run(works: Sequence[Work], sandbox: Sandbox) -> list[Outcome | SandboxFailu
     return [outcome for work in works for outcome in _run([work], sandbox)]
 
 
-def _judge(outcome: Outcome | SandboxFailure, work: Work, isolation: str) -> Verdict:
+def verdict_on(outcome: Outcome | SandboxFailure, work: Work, isolation: str = "bubblewrap") -> Verdict:
+    """What the outcome of `work.job` says about the program."""
     if isinstance(outcome, SandboxFailure):
         return verdict(Status.INFRA_ERROR, Reason.VERIFIER_FAILED, "code", time.monotonic(), str(outcome))
     reason, evidence = _finding(outcome, work)

@@ -71,12 +71,13 @@ class Judge:
         """The verdicts of `judge`."""
         return [judgement.verdict for judgement in self.judge(problems, completions)]
 
-    def judge(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Judgement]:
+    def judge(self, problems: Sequence[Problem], completions: Sequence[str], votes: int | None = None
+              ) -> list[Judgement]:
         """A judgement per completion, by the principles or against the reference of its problem's check.
 
-        The score is the mean vote. CORRECT from one half upwards by principles, above one half against a reference.
-        MALFORMED (score 0) without asking for broken thinking and for answers of which `judge_guard` is suspicious;
-        ABSTAIN when no vote can be read.
+        votes: in place of the judge's own number. The score is the mean vote; CORRECT from one half upwards by
+        principles, above one half against a reference. MALFORMED (score 0) without asking for broken thinking and for
+        answers of which `judge_guard` is suspicious; ABSTAIN when no vote can be read.
         """
         began = time.monotonic()
         judgements: list[Judgement | None] = []
@@ -89,7 +90,8 @@ class Judge:
             if not reason:
                 write, _ = _FORMS[problem.check.kind]
                 asked.append((problem.check.kind, write(problem, thinking.answer)))
-        outputs = self.generate([messages for _, messages in asked], self.votes, self.seed) if asked else []
+        conversations = [messages for _, messages in asked]
+        outputs = self.generate(conversations, votes or self.votes, self.seed) if asked else []
         counted = iter([_count(kind, texts, began) for (kind, _), texts in zip(asked, outputs, strict=True)])
         return [found or next(counted) for found in judgements]
 

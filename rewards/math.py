@@ -106,6 +106,13 @@ class MathPool:
         for _ in range(size):
             self._workers.put(_Worker(cpu_seconds, wall_seconds, address_bytes))
 
+    def start(self) -> None:
+        """Start all workers, for callers that want no wait at their first answers."""
+        workers = [self._workers.get() for _ in range(self.size)]
+        with ThreadPoolExecutor(self.size) as threads:
+            for worker, _ in zip(workers, threads.map(lambda worker: worker.ask("1", "1"), workers), strict=True):
+                self._workers.put(worker)
+
     def compare(self, reference: str, value: str) -> str:
         """One comparison; a worker that dies for no known reason is tried once more, then WorkerFailure."""
         worker = self._workers.get()

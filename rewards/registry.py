@@ -34,7 +34,7 @@ class Verifier:
     def __init__(self, judge: Judge | Judges | None = None, workers: int = 2, limits: Limits | None = None,
                  isolation: Isolation = "bubblewrap") -> None:
         self.judge, self.workers, self.limits, self.isolation = judge, workers, limits or Limits(), isolation
-        self._math = MathPool(workers)
+        self.math = MathPool(workers)
         self._sandboxes: queue.Queue[Sandbox] = queue.Queue()
         self._threads = ThreadPoolExecutor(2 * workers, thread_name_prefix="verifier")
         self._starting = threading.Lock()
@@ -67,7 +67,7 @@ class Verifier:
 
         def mathematics(key: tuple[str, str]) -> list[Verdict]:
             problem = unique[key]
-            return [verify_math(key[1], problem.check.reference or "", self._math, _prompt(problem))]
+            return [verify_math(key[1], problem.check.reference or "", self.math, _prompt(problem))]
 
         if by_kind["code"]:
             self._make_sandboxes()
@@ -112,7 +112,7 @@ class Verifier:
 
     def close(self) -> None:
         self._threads.shutdown()
-        self._math.close()
+        self.math.close()
 
     def __enter__(self) -> Verifier:
         return self

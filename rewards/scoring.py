@@ -1,134 +1,114 @@
-"""Score rows of a JSONL file: the same items and results that any caller of `Verifier` sees, one a line.
+"""Items and results: what any caller of the rewards sees, over HTTP, from a file or in Python.
 
-An item names its check (`kind`) and brings what that check needs; a result says what the verifier found. An answer
-that could not be verified has a score of null, never 0.
+An item names its check (`kind`) and brings what that check needs; a result says what was found. An answer that could
+not be verified has a score of null, never 0.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from pipeline.records import Check, Problem, Verdict, content_id
+from rewards.judge import Judgement
 from rewards.languages import LANGUAGES
 from rewards.registry import Verifier
 
-BATCH = 64
+MAX_TEXT = 1 << 20  # characters of a completion or prompt
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Principle = Annotated[str, StringConstraints(max_length=2000)]
+Kind = Literal["math", "exact", "code", "principles", "match"]
+JUDGED: frozenset[str] = frozenset({"principles", "match"})
 
 
 class ScoringError(ValueError):
-    """A file that cannot be scored; the message names the line and the remedy."""
+    """Items that cannot be scored; the message names the place and the remedy."""
 
 
 class Item(BaseModel):
     """One completion and how to check it.
 
-    reference: the right answer, for math and exact. tests: a list of {"args", "expected"} for a function
-    `entry_point`, {"stdin", "expected"} for whole programs, or one {"assert_code"}. prompt: what was asked, so that an
-    answer that repeats it gains nothing.
+    prompt: what was asked, so that an answer that repeats it gains nothing; a judge needs it to understand the answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str
-    kind: Literal["math", "exact", "code"]
-    completion: str
-    prompt: str = ""
-    reference: str | None = None
-    tests: list[dict[str, Any]] | None = None
+    id: Annotated[str, StringConstraints(max_length=256)]
+    kind: Kind
+    completion: Text = Field(description="the model's turn, its <think> block included")
+    prompt: Text = ""
+    reference: Annotated[str, StringConstraints(max_length=20_000)] | None = Field(
+        None, description="the right answer, for math, exact and match")
+    tests: Annotated[list[dict[str, Any]], Field(max_length=1000)] | None = Field(
+        None, description='for code: {"args", "expected"} for a function `entry_point`, {"stdin", "expected"} for '
+        'whole programs, or one {"assert_code"}')
     language: Literal[tuple(LANGUAGES)] = "python"  # type: ignore[valid-type]
     entry_point: str | None = Field(None, description="the function that tests with args call")
+    principles: Annotated[list[Principle], Field(max_length=50)] | None = Field(
+        None, description="what the judge is to look at, for principles")
 
     @model_validator(mode="after")
     def _consistent(self) -> Item:
-        needed = "tests" if self.kind == "code" else "reference"
+        needed = {"code": "tests", "principles": "principles"}.get(self.kind, "reference")
         if not getattr(self, needed):
             raise ValueError(f"an item of kind {self.kind} needs {needed}")
         return self
 
     def problem(self) -> Problem:
         """The item as a verifier takes it."""
-        check = Check(self.kind, self.reference) if self.kind != "code" else Check(
-            "code", language=self.language, entry_point=self.entry_point, tests=json.dumps(self.tests))
+        check = Check(self.kind, self.reference, principles=tuple(self.principles or ()))
+        if self.kind == "code":
+            check = Check("code", language=self.language, entry_point=self.entry_point, tests=json.dumps(self.tests))
         messages = ({"role": "user", "content": self.prompt},)
         return Problem(content_id(messages, vars(check)), "scored", self.kind, messages, check, "scored", "rl")
 
 
-def result(item: Item, verdict: Verdict) -> dict[str, Any]:
-    """What is written for an item: the verdict, with its time in milliseconds."""
-    return {"id": item.id, "status": verdict.status.value, "score": verdict.score, "reason": verdict.reason,
-            "evidence": verdict.evidence, "verifier": verdict.verifier, "version": verdict.version,
-            "latency_ms": round(verdict.seconds * 1000, 2)}
+class Result(BaseModel):
+    """What was found. Votes, agreement and critique are a judge's; the rest every verifier gives."""
+
+    id: str
+    status: Literal["correct", "wrong", "malformed", "timeout", "infra_error", "abstain"]
+    score: float | None = Field(description="in [0, 1]; null where the verifier cannot tell, which is never a 0")
+    reason: str = Field(description="a code of rewards/reasons.py, e.g. equal_exact, no_box, wrong_output")
+    evidence: str
+    verifier: str
+    version: str
+    votes: list[float | None] | None = Field(None, description="in [0, 1]; null for a vote that could not be read")
+    agreement: float | None = Field(None, description="share of the readable votes on the side of the verdict")
+    critique: str | None = None
+    latency_ms: float
 
 
-def read_items(path: Path) -> list[Item]:
-    """The items of a JSONL file. Raises ScoringError naming every line that is none (the first five)."""
-    items, wrong = [], []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScoringError(f"{path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            items.append(Item.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            wrong.append(f"line {number}: {f'{where}: ' if where else ''}{first['msg'].removeprefix('Value error, ')}")
-    if wrong:
-        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ScoringError(f"{path}: {len(wrong)} of {len(lines)} lines are no items; nothing was scored\n  "
-                           + "\n  ".join(wrong[:5]) + more)
-    return items
+def score(items: Sequence[Item], verifier: Verifier, n_votes: int | None = None) -> list[Result]:
+    """A result per item, in order. Raises ScoringError for items of a judged kind when the verifier has no judge."""
+    judged = [item for item in items if item.kind in JUDGED]
+    ruled = [item for item in items if item.kind not in JUDGED]
+    if judged and verifier.judge is None:
+        raise ScoringError(f"item {judged[0].id!r} is of kind {judged[0].kind}, which needs a judge: --judge MODEL_DIR")
+    verdicts = verifier.verify_batch([item.problem() for item in ruled], [item.completion for item in ruled])
+    found = iter([_result(item, verdict) for item, verdict in zip(ruled, verdicts, strict=True)])
+    judgements = verifier.judge.judge([item.problem() for item in judged], [item.completion for item in judged],
+                                      n_votes) if judged else []
+    told = iter([_judged(item, judgement) for item, judgement in zip(judged, judgements, strict=True)])
+    return [next(told if item.kind in JUDGED else found) for item in items]
 
 
-def score_file(items: Sequence[Item], target: Path, verifier: Verifier, done: Callable[[int], None]) -> int:
-    """Score items into `target`, in order; goes on after the results that are there already.
-
-    `done(scored so far)` is called at the start and after each batch. Returns how many results stood there before.
-    Raises ScoringError when `target` holds results of other items.
-    """
-    with open(target, "a+b") as file:
-        before = _resume(file, target, items)
-        done(before)
-        for start in range(before, len(items), BATCH):
-            part = items[start:start + BATCH]
-            for line in _scored(part, verifier):
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            done(start + len(part))
-    return before
+def _result(item: Item, verdict: Verdict) -> Result:
+    return Result(id=item.id, status=verdict.status.value, score=verdict.score, reason=verdict.reason,
+                  evidence=verdict.evidence, verifier=verdict.verifier, version=verdict.version,
+                  latency_ms=round(verdict.seconds * 1000, 2))
 
 
-def _resume(file: Any, target: Path, items: Sequence[Item]) -> int:
-    """Count the whole results in `file`, cut off a torn last one, and leave it at its end."""
-    file.seek(0)
-    whole = kept = 0
-    for number, line in enumerate(file, start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            found = json.loads(line)["id"]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if number > len(items) or found != items[number - 1].id:
-            wanted = f"{items[number - 1].id!r}" if number <= len(items) else "no more"
-            raise ScoringError(f"{target}, line {number}: holds the result of {found!r} where the input has {wanted}; "
-                               "give another --output, or remove the file to score anew")
-        whole, kept = whole + len(line), number
-    file.truncate(whole)
-    file.seek(0, os.SEEK_END)
-    return kept
+def _judged(item: Item, judgement: Judgement) -> Result:
+    return _result(item, judgement.verdict).model_copy(update={
+        "votes": list(judgement.votes), "agreement": judgement.agreement, "critique": judgement.critique[:4000]})
 
 
-def _scored(items: Sequence[Item], verifier: Verifier) -> list[dict[str, Any]]:
-    verdicts = verifier.verify_batch([item.problem() for item in items], [item.completion for item in items])
-    return [result(item, verdict) for item, verdict in zip(items, verdicts, strict=True)]
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong, with its place."""
+    found = error.errors()[0]
+    where = ".".join(map(str, found["loc"]))
+    return f"{f'{where}: ' if where else ''}{found['msg'].removeprefix('Value error, ')}"

@@ -146,8 +146,7 @@ def rl(context: StageContext) -> StageResult:
         config = context.config["reward_model"]
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed, role="judge")
-        by_feedback["reward_model"] = model.judge(context.seed, votes=config.votes, max_tokens=config.max_tokens,
-                                                  temperature=0.0 if config.votes == 1 else 1.0)
+        by_feedback["reward_model"] = model.judge(context.seed, votes=config.votes, max_tokens=config.max_tokens)
     if "self" in feedback.values():
         by_feedback["self"] = self_judge(context, start, "self")
     judges = Judges({domain: by_feedback[kind] for domain, kind in feedback.items()}) if feedback else None

@@ -142,9 +142,8 @@ def expert_rl(context: StageContext, domain: str) -> StageResult:
 
 def self_judge(context: StageContext, start: Path, role: str) -> Judge:
     """The policy as it is before RL, judging by its own votes (`rl.self_votes`) in the engine of `role`."""
-    votes = context.config["rl"].self_votes
     return open_model(start, context.config["model"], context.config["engine"], context.seed, role=role).judge(
-        context.seed, votes=votes, temperature=0.0 if votes == 1 else 1.0)
+        context.seed, votes=context.config["rl"].self_votes)
 
 
 def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge: Judge | Judges | None) -> StageResult:

@@ -52,11 +52,15 @@ class OpenModel:
         return sample
 
     def judge(self, seed: int, *, votes: int = 1, max_tokens: int = JUDGEMENT_TOKENS,
-              temperature: float = 0.0) -> Judge:
+              temperature: float | None = None) -> Judge:
+        """temperature: by default greedy where one vote is asked for, 1 where several are, which must differ."""
         from rewards.judge import Judge
         from rl.engine import Sampling, chat_generator
 
-        generate = chat_generator(self.engine, self.encode, self.decode, Sampling(temperature, max_tokens))
+        def generate(conversations, n, seed):
+            sampling = Sampling(float(n > 1) if temperature is None else temperature, max_tokens)
+            return chat_generator(self.engine, self.encode, self.decode, sampling)(conversations, n, seed)
+
         return Judge(generate, votes=votes, seed=seed)
 
 

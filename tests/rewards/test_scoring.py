@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.scoring import BATCH, ScoringError, read_items, score_file
+from rewards.scoring import ScoringError
+from rewards.scoring_file import BATCH, read_items, score_file
 
 ROOT = Path(__file__).parents[2]
 MATH = {"kind": "math", "completion": r"\boxed{\frac{1}{2}}", "reference": "0.5"}
@@ -41,7 +42,8 @@ def test_every_item_gets_its_result_in_order(tmp_path, verifier):
     assert [(row["status"], row["score"]) for row in found] == [
         ("correct", 1.0), ("wrong", 0.0), ("correct", 1.0), ("wrong", 0.0), ("malformed", 0.0),
         ("infra_error", None)] * 20  # the last check cannot be run: no score, and no 0
-    assert {"id", "status", "score", "reason", "evidence", "verifier", "version", "latency_ms"} == set(found[0])
+    assert {"id", "status", "score", "reason", "evidence", "verifier", "version", "votes", "agreement", "critique",
+            "latency_ms"} == set(found[0])
 
 
 def test_scoring_goes_on_after_a_torn_line_and_refuses_the_results_of_others(tmp_path, verifier):
