@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 
 from pipeline.records import Check, Problem, Status, Verdict
@@ -24,21 +25,29 @@ JOBS_PER_SANDBOX = 16  # enough to share the start of a sandbox, few enough to s
 KINDS = ("math", "exact", "code", "principles", "match")
 
 
+CodeRunner = Callable[[Sequence[tuple[str, Check]]], list[Verdict]]
+"""(completion, check) pairs -> a verdict each."""
+
+
 class Verifier:
     """Verdicts for any `Check`. Safe to call from any thread; `close` it (or use `with`) to end its workers.
 
     judge: needed for checks of kind "principles" and "match". workers: sandboxes, and math workers, at a time.
+    runners: who runs code in place of sandboxes of this process, such as `spread.cluster_runners`.
     Raises SandboxUnavailable at the first code check on a machine without bubblewrap.
     """
 
     def __init__(self, judge: Judge | Judges | None = None, workers: int = 2, limits: Limits | None = None,
-                 isolation: Isolation = "bubblewrap") -> None:
-        self.judge, self.workers, self.limits, self.isolation = judge, workers, limits or Limits(), isolation
+                 isolation: Isolation = "bubblewrap", runners: Sequence[CodeRunner] = ()) -> None:
+        self.judge, self.limits, self.isolation = judge, limits or Limits(), isolation
+        self.workers = len(runners) or workers
         self.math = MathPool(workers)
-        self._sandboxes: queue.Queue[Sandbox] = queue.Queue()
+        self._runners: queue.Queue[CodeRunner] = queue.Queue()
+        for runner in runners:
+            self._runners.put(runner)
         self._threads = ThreadPoolExecutor(2 * workers, thread_name_prefix="verifier")
         self._starting = threading.Lock()
-        self._started = False
+        self._started = bool(runners)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
         return self.verify_batch([problem], [completion])[0]
@@ -58,12 +67,11 @@ class Verifier:
                              "Verifier(judge=...) or leave those domains out")
 
         def code(chunk: list[tuple[str, str]]) -> list[Verdict]:
-            sandbox = self._sandboxes.get()
+            runner = self._runners.get()
             try:
-                return verify_code_batch([(completion, unique[id_, completion].check) for id_, completion in chunk],
-                                         sandbox)
+                return runner([(completion, unique[id_, completion].check) for id_, completion in chunk])
             finally:
-                self._sandboxes.put(sandbox)
+                self._runners.put(runner)
 
         def mathematics(key: tuple[str, str]) -> list[Verdict]:
             problem = unique[key]
@@ -90,7 +98,7 @@ class Verifier:
         with self._starting:
             if not self._started:
                 for sandbox in [Sandbox(self.limits, self.isolation, slot) for slot in range(self.workers)]:
-                    self._sandboxes.put(sandbox)
+                    self._runners.put(partial(verify_code_batch, sandbox=sandbox))
                 self._started = True
 
     def run_canaries(self, kinds: Sequence[str] = ("math", "exact", "code"),

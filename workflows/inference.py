@@ -82,10 +82,11 @@ def open_model(checkpoint: Path, model: ModelConfig, engine_config: EngineConfig
 
 @contextmanager
 def open_verifier(judge: Judge | Judges | None, problems: Sequence[Problem]) -> Iterator[Verifier]:
-    """A verifier whose canaries for the kinds of check among `problems` have passed."""
+    """A verifier whose canaries for the kinds of check among `problems` have passed; code runs on the whole cluster."""
     from rewards.registry import Verifier
+    from rewards.spread import cluster_runners
 
-    with Verifier(judge=judge) as verifier:
+    with cluster_runners() as runners, Verifier(judge=judge, runners=runners) as verifier:
         verifier.run_canaries(sorted({problem.check.kind for problem in problems if not problem.check.judged}),
                               sorted({problem.check.language or "python" for problem in problems}))
         yield verifier
