@@ -1,7 +1,8 @@
-"""Judge demonstrations: judgements whose truth a program knows, so that the policy can judge before it has a judge.
+"""Judge demonstrations: judgements whose truth is known, so that the policy can judge before it has a judge.
 
-The preference stage needs an SFT model that can criticise and score. For problems of the writing generator
-the principles can be measured; other judged domains start from what the base model can do.
+The preference stage needs an SFT model that can criticise and score. For problems of the writing generator the
+principles can be measured; where answers are matched with a reference, a problem's worked answer matches and that of
+another problem does not. Other judged domains start from what the base model can do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from random import Random
 
 from distill.corpus import DRAFT_QUALITIES, pairwise_judgement, pointwise_judgement
+from distill.matching import match_demonstration
 from distill.problems import writing
 from pipeline.records import Message, Problem, content_id
 from rewards.judge_prompts import pairwise_messages, pointwise_messages
@@ -18,8 +20,11 @@ Demonstration = tuple[str, list[Message], str]  # id, prompt, judgement
 
 
 def judge_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonstration]:
-    """One pointwise and one pairwise demonstration per measurable problem."""
-    rows: list[Demonstration] = []
+    """One pointwise and one pairwise demonstration per measurable problem, one right and one wrong match per problem with
+    a free-form reference and a worked answer.
+    """
+    problems = list(problems)
+    rows = _matches([problem for problem in problems if problem.check.kind == "match" and problem.answer])
     for problem in problems:
         if not writing.measurable(problem):
             continue
@@ -27,6 +32,15 @@ def judge_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonst
         first, second = (writing.draft(problem, rng, quality) for quality in rng.sample(DRAFT_QUALITIES, 2))
         rows += [_row(pointwise_messages(problem, first), pointwise_judgement(problem, first)),
                  _row(pairwise_messages(problem, first, second), pairwise_judgement(problem, first, second))]
+    return rows
+
+
+def _matches(problems: list[Problem]) -> list[Demonstration]:
+    rows = []
+    for problem, other in zip(problems, problems[1:] + problems[:1], strict=True):
+        rows.append(match_demonstration(problem, problem.answer or "", True))
+        if other.check.reference != problem.check.reference:
+            rows.append(match_demonstration(problem, other.answer or "", False))
     return rows
 
 

@@ -13,6 +13,7 @@ from pipeline.records import Message, Problem, Sample, Status, content_id
 from rewards.extract import last_box, split_thinking
 from rewards.judge_prompts import match_messages
 
+SHOWN_WORDS = 20
 Demonstration = tuple[str, list[Message], str]  # id, prompt, judgement
 
 
@@ -41,7 +42,7 @@ def match_cases(samples: Sequence[Sample], problems: Mapping[str, Problem], coun
 
 def match_demonstration(problem: Problem, answer: str, right: bool) -> Demonstration:
     """The judgement a judge should write: what either says, then the verdict."""
-    said = last_box(answer, "").value or "nothing"
+    said = last_box(answer, "").value or " ".join(answer.split()[:SHOWN_WORDS])
     judgement = (f"The reference says {problem.check.reference}. The answer says {said}.\n"
                  f"Match: {'yes' if right else 'no'}")
     messages = match_messages(problem, answer)

@@ -1,8 +1,9 @@
 import dataclasses
 
+from distill.judging import judge_demonstrations
 from distill.matching import match_cases, match_demonstration
 from distill.problems import GENERATORS
-from pipeline.records import Sample, Status, Verdict
+from pipeline.records import Check, Sample, Status, Verdict
 from rewards.judge_prompts import match_messages, parse_match
 
 MATH = list(GENERATORS["math"](6, 0))
@@ -38,4 +39,15 @@ def test_a_demonstration_is_a_judgement_that_the_parser_reads():
     _, messages, judgement = match_demonstration(problem, "It is \\boxed{-1}.", False)
     assert messages == match_messages(problem, "It is \\boxed{-1}.")
     assert judgement == f"The reference says {problem.check.reference}. The answer says -1.\nMatch: no"
+    assert match_demonstration(problem, "no box", False)[2].startswith(f"The reference says {problem.check.reference}. "
+                                                                       "The answer says no box.\n")
     assert parse_match(judgement) == 0 and parse_match(match_demonstration(problem, "4", True)[2]) == 10
+
+
+def test_worked_answers_show_a_judge_what_matches_and_what_does_not():
+    pump, lung = (dataclasses.replace(MATH[0], id=name, check=Check("match", reference), answer=answer) for name, reference,
+                  answer in (("a", "It pumps blood.", "A pump for blood."), ("b", "It takes in air.", "It breathes.")))
+    rows = judge_demonstrations([pump, lung, dataclasses.replace(pump, id="c", answer=None)], seed=0)
+    assert [parse_match(judgement) for _, _, judgement in rows] == [10, 0, 10, 0]
+    assert rows[1][1] == match_messages(pump, "It breathes.")
+    assert judge_demonstrations([pump], seed=0)[0][2].endswith("Match: yes") and len(judge_demonstrations([pump], 0)) == 1
