@@ -20,8 +20,9 @@ Demonstration = tuple[str, list[Message], str]  # id, prompt, judgement
 
 
 def judge_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonstration]:
-    """One pointwise and one pairwise demonstration per measurable problem, one right and one wrong match per problem with
-    a free-form reference and a worked answer.
+    """One pointwise and one pairwise demonstration per measurable problem.
+
+    And one right and one wrong match per problem with a free-form reference and a worked answer.
     """
     problems = list(problems)
     rows = _matches([problem for problem in problems if problem.check.kind == "match" and problem.answer])

@@ -42,6 +42,18 @@ def calibrate(judge: Judge, pairs: Sequence[LabelledPair], truth: str) -> dict[s
             "abstain_rate": abstained / n if n else None, "ece": expected_calibration_error(ranked)}
 
 
+def clear_cases(judge: Judge, pairs: Sequence[LabelledPair], count: int = 4) -> list[tuple[Problem, str, Status]]:
+    """Answers of the first pairs that the judge finds right and wrong as it should: its canaries from then on."""
+    cases = [(problem, text, gap * sign > 0) for problem, a, b, gap in pairs[:16 * count]
+             for text, sign in ((a, 1), (b, -1))]
+    verdicts = judge.score([problem for problem, _, _ in cases], [text for _, text, _ in cases])
+    clear = {Status.CORRECT: [], Status.WRONG: []}
+    for (problem, text, better), found in zip(cases, verdicts, strict=True):
+        if found.status in clear and (found.status is Status.CORRECT) == better:
+            clear[found.status].append((problem, text, found.status))
+    return [case for cases in clear.values() for case in cases[:count // 2]]
+
+
 def calibrate_match(judge: Judge, cases: Sequence[MatchCase]) -> dict[str, Any]:
     """How often the judge is right about whether an answer matches its reference; an abstention counts as wrong."""
     verdicts = judge.score([replace(problem, check=Check("match", problem.check.reference)) for problem, _, _ in cases],

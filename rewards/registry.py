@@ -107,6 +107,8 @@ class Verifier:
 
         languages: those of the code that will be verified.
         """
+        if self.judge:
+            self.judge.run_canaries()
         rows = [row for row in CANARIES if row[0].kind in kinds
                 and (row[0].language is None or row[0].language in languages)]
         problems = [Problem(f"canary-{i}", "canary", "canary", (), check, "canary", "rl")

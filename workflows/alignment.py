@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-from pipeline.records import Problem, Sample, content_id, read_table
+from pipeline.records import Problem, Sample, Status, content_id, read_table
 from pipeline.stage import StageContext, StageError, StageResult
 from workflows.data import load_problems, write_packs
 from workflows.expert import run_grpo, self_judge
@@ -77,7 +77,7 @@ def reward_model(context: StageContext) -> StageResult:
     """Train the judge from the SFT checkpoint on judgements with their reasoning, then calibrate it."""
     from distill.matching import match_demonstration
     from distill.preference import labelled, training_rows
-    from evaluation.calibration import calibrate, calibrate_match
+    from evaluation.calibration import calibrate, calibrate_match, clear_cases
     from policy.tokenizer import load_tokenizer
     from rl.engine import make_room
     from sft.trainer import train_sft
@@ -96,12 +96,16 @@ def reward_model(context: StageContext) -> StageResult:
                         progress=context.progress)
     model = open_model(context.out / "checkpoint", context.config["model"], context.config["engine"], context.seed)
     judge = model.judge(context.seed)
-    calibration = {}
+    calibration, canaries = {}, []
     if "preference" in context.inputs:
-        calibration |= calibrate(judge, *labelled([pair for pair in pairs if pair["split"] == "heldout"], problems))
+        heldout, truth = labelled([pair for pair in pairs if pair["split"] == "heldout"], problems)
+        calibration |= calibrate(judge, heldout, truth)
+        canaries = clear_cases(judge, heldout)
     if heldout_cases:
         calibration |= calibrate_match(judge, heldout_cases)
     (context.out / "calibration.json").write_text(json.dumps(calibration, indent=2))
+    (context.out / "canaries.json").write_text(json.dumps([[problem.id, text, status] for problem, text, status in
+                                                           canaries], indent=2))
     return StageResult(counts={"judgements": len(rows), **packed.counts, "heldout_pairs": calibration.get("n", 0)},
                        metrics={**metrics, **{f"calibration_{key}": value for key, value in calibration.items()
                                               if isinstance(value, int | float)}},
@@ -146,6 +150,10 @@ def rl(context: StageContext) -> StageResult:
         config = context.config["reward_model"]
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed, role="judge")
+        by_id = {problem.id: problem for problem in load_problems(context, "preference")}
+        rows = json.loads((context.inputs["reward-model"] / "canaries.json").read_text())
+        # as it was calibrated: one greedy vote
+        model.judge(context.seed).run_canaries([(by_id[id_], text, Status(status)) for id_, text, status in rows])
         by_feedback["reward_model"] = model.judge(context.seed, votes=config.votes, max_tokens=config.max_tokens)
     if "self" in feedback.values():
         by_feedback["self"] = self_judge(context, start, "self")

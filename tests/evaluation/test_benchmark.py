@@ -4,7 +4,7 @@ from unittest.mock import ANY
 import pytest
 
 from evaluation.benchmark import accuracy, pooled, row, win_rate
-from evaluation.calibration import calibrate, calibrate_match, expected_calibration_error
+from evaluation.calibration import calibrate, calibrate_match, clear_cases, expected_calibration_error
 from evaluation.statistics import wilson
 from pipeline.records import Check, Problem, Sample, Status, Verdict
 from rewards.judge import Judge
@@ -154,3 +154,10 @@ def test_matching_is_calibrated_on_answers_whose_truth_is_known():
 
     cases = [(problem, "4", True), (problem, "5", False), (problem, "6", False), (problem, "7", False)]
     assert calibrate_match(Judge(generate), cases) == {"match_n": 4, "match_accuracy": 0.5, "match_abstain_rate": 0.25}
+
+
+def test_canaries_are_answers_that_the_judge_found_right_and_wrong_as_it_should():
+    pairs = [(NOTE, "good words", "bad words", 1.0), (NOTE, "bad words", "fair words", 2.0),
+             (NOTE, "odd words", "good words", -1.0)]
+    assert clear_cases(scripted_judge(QUALITY), pairs) == [
+        (NOTE, "good words", Status.CORRECT), (NOTE, "good words", Status.CORRECT), (NOTE, "bad words", Status.WRONG)]

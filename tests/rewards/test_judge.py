@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.records import Check, Problem
+from pipeline.records import Check, Problem, Status
+from pipeline.stage import StageError
 from rewards.judge import Judge, Judges
 from rewards.judge_guard import suspicious
 from rewards.judge_prompts import (
@@ -170,3 +171,19 @@ def test_each_domain_is_scored_by_its_own_judge_in_order():
     problems = [replace(PROBLEM, domain=domain) for domain in ("poems", "notes", "tales", "poems")]
     found = Judges({"poems": kind, "notes": strict, "tales": kind}).score(problems, ["a", "b", "c", "d"])
     assert [v.score for v in found] == [0.9, 0.1, 0.9, 0.9]
+
+
+def test_a_judge_that_no_longer_judges_as_it_did_stops_the_run():
+    def judge(score):
+        return Judge(lambda conversations, n, seed: [[f"ok\nScore: {score}"] * n for _ in conversations])
+
+    known = [(PROBLEM, "Hello!", Status.CORRECT)]
+    judge(9).run_canaries(known)
+    with pytest.raises(StageError, match="not the one that was calibrated.*Hello"):
+        judge(1).run_canaries(known)
+
+
+def test_a_guard_that_lets_a_hostile_answer_through_stops_the_run(monkeypatch):
+    monkeypatch.setattr("rewards.judge.suspicious", lambda text: None)
+    with pytest.raises(StageError, match="guard is not working"):
+        Judge(lambda *_: []).run_canaries()
