@@ -30,11 +30,12 @@ COPIED = (*NAMES, *writing.NOUNS, *logic.COLORS, *map(str, range(math.LARGEST + 
 DRAFT_QUALITIES = (0.0, 0.34, 0.67, 1.0)
 
 
-def corpus_documents(problems: Iterable[Problem], seed: int) -> list[Document]:
+def corpus_documents(problems: Iterable[Problem], seed: int, reflective: str) -> list[Document]:
     """Shuffled documents: one for each problem of split "corpus" in the kind MIX draws, and the drills.
 
     A problem without a worked chain or answer is written in a kind that does without; one that has neither is
-    left out. Judge demonstrations need principles that `problems.writing` can measure.
+    left out. `reflective` is the system prompt of worked chains. Judge demonstrations need principles that
+    `problems.writing` can measure.
     """
     problems = [problem for problem in problems if problem.split == "corpus"]
     documents = []
@@ -42,7 +43,7 @@ def corpus_documents(problems: Iterable[Problem], seed: int) -> list[Document]:
         rng = Random(f"{seed}:{problem.id}")
         shares = MIX["principles" if problem.check.kind == "principles" else "rule"]
         for kind in (rng.choices(list(shares), list(shares.values()))[0], "chat_answer"):
-            document = KINDS[kind](problem, rng)
+            document = KINDS[kind](problem, rng, reflective)
             if document is not None:
                 documents.append(document)
                 break
@@ -64,7 +65,7 @@ def _answer(problem: Problem, rng: Random) -> str | None:
     return problem.answer
 
 
-def _text(problem: Problem, rng: Random) -> Document | None:
+def _text(problem: Problem, rng: Random, reflective: str) -> Document | None:
     """Plain text: the question, the worked chain, the answer."""
     if problem.solution is None or problem.answer is None:
         return None
@@ -72,24 +73,24 @@ def _text(problem: Problem, rng: Random) -> Document | None:
     return {"text": f"Question: {question}\n{problem.solution}\nAnswer: {_answer(problem, rng)}"}
 
 
-def _chat_answer(problem: Problem, rng: Random) -> Document | None:
+def _chat_answer(problem: Problem, rng: Random, reflective: str) -> Document | None:
     answer = _answer(problem, rng)
     return None if answer is None else _chat(prompt_messages(problem, "original"), answer)
 
 
-def _chat_reasoning(problem: Problem, rng: Random) -> Document | None:
+def _chat_reasoning(problem: Problem, rng: Random, reflective: str) -> Document | None:
     completion = worked_completion(problem, "reasoning")
-    return None if completion is None else _chat(prompt_messages(problem, "reasoning"), completion)
+    return None if completion is None else _chat(prompt_messages(problem, "reasoning", reflective), completion)
 
 
-def _pointwise(problem: Problem, rng: Random) -> Document | None:
+def _pointwise(problem: Problem, rng: Random, reflective: str) -> Document | None:
     if not writing.measurable(problem):
         return None
     text = writing.draft(problem, rng, rng.choice(DRAFT_QUALITIES))
     return _chat(pointwise_messages(problem, text), pointwise_judgement(problem, text))
 
 
-def _pairwise(problem: Problem, rng: Random) -> Document | None:
+def _pairwise(problem: Problem, rng: Random, reflective: str) -> Document | None:
     if not writing.measurable(problem):
         return None
     first, second = (writing.draft(problem, rng, quality) for quality in rng.sample(DRAFT_QUALITIES, 2))
@@ -118,6 +119,6 @@ def sum_drill(rng: Random) -> Document:
     return {"text": math.tally(rng, rng.randint(0, math.LARGEST), "?" * SUMS_PER_DRILL)[1]}
 
 
-KINDS: dict[str, Callable[[Problem, Random], Document | None]] = {
+KINDS: dict[str, Callable[[Problem, Random, str], Document | None]] = {
     "text": _text, "chat_answer": _chat_answer, "chat_reasoning": _chat_reasoning,
     "pointwise": _pointwise, "pairwise": _pairwise}

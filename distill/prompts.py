@@ -12,20 +12,22 @@ from collections.abc import Iterable
 
 from pipeline.records import Message, Problem
 
-REFLECTIVE_SYSTEM_PROMPT = "Think step by step, check your work, then answer."
 FORMS = ("original", "reasoning")
 
 
-def prompt_messages(problem: Problem, form: str) -> tuple[Message, ...]:
-    """The prompt as sent: the problem alone, or the reflective system prompt before it.
+def prompt_messages(problem: Problem, form: str, reflective: str | None = None) -> tuple[Message, ...]:
+    """The prompt as sent: the problem alone, or the system prompt `reflective` (`model.reflective_prompt`) before it.
 
-    A system message the problem already has follows the reflective one in the same message.
+    A system message the problem already has follows the reflective one in the same message. Raises ValueError for the
+    form "reasoning" without a reflective prompt.
     """
     if form == "original":
         return problem.messages
     if form != "reasoning":
         raise ValueError(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    system, rest = REFLECTIVE_SYSTEM_PROMPT, problem.messages
+    if not reflective:
+        raise ValueError("the form 'reasoning' needs the reflective prompt")
+    system, rest = reflective, problem.messages
     if rest and rest[0]["role"] == "system":
         system, rest = f"{system}\n{rest[0]['content']}", rest[1:]
     return ({"role": "system", "content": system}, *rest)

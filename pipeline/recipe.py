@@ -127,6 +127,10 @@ class ModelConfig(Section):
     source: Annotated[TinyModel | PretrainedModel, Field(discriminator="type")]
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     max_length: PositiveInt = Field(32768, description="tokens of prompt plus completion anywhere in the run")
+    reflective_prompt: str = Field(
+        "First think between <think> and </think>: work step by step, question what you find, check it, and correct it "
+        "where it is wrong. Then, after </think>, give the answer alone.", min_length=1,
+        description="system prompt of the reasoning form, which asks for reflection and verification (section 5.1)")
 
 
 class TrainConfig(Section):

@@ -55,7 +55,8 @@ def generate(context: StageContext, domain: str) -> StageResult:
     model = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
                        context.config["engine"], context.seed)
     chosen = load_problems(context, "sft", domain)[:config.problems]
-    orders = [Order(problem, form, prompt_messages(problem, form), config.samples)
+    reflective = context.config["model"].reflective_prompt
+    orders = [Order(problem, form, prompt_messages(problem, form, reflective), config.samples)
               for problem in chosen for form in FORMS]
     samples = sample(orders, sampler=model.sampler(config.temperature, config.max_tokens, config.top_p),
                      encode=model.encode, decode=model.decode, checkpoint=model.digest,

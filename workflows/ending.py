@@ -97,8 +97,8 @@ def _answers(context: StageContext, model, problems, form: str, samples: int, te
     from distill.generation import Order, generate
     from distill.prompts import prompt_messages
 
-    config = context.config["evaluation"]
-    rows = generate([Order(problem, form, prompt_messages(problem, form), samples) for problem in problems],
+    config, reflective = context.config["evaluation"], context.config["model"].reflective_prompt
+    rows = generate([Order(problem, form, prompt_messages(problem, form, reflective), samples) for problem in problems],
                     sampler=model.sampler(temperature, config.max_tokens), encode=model.encode, decode=model.decode,
                     sampling={"temperature": temperature, "max_tokens": config.max_tokens}, checkpoint=model.digest,
                     log_path=context.work / "requests.jsonl", shard_prompts=512, seed=context.seed,

@@ -52,7 +52,7 @@ def _train_tiny(context: StageContext) -> StageResult:
 
     model_config, train = context.config["model"], context.config["base"]
     shape = model_config.source
-    documents = corpus_documents(load_problems(context), context.seed)
+    documents = corpus_documents(load_problems(context), context.seed, model_config.reflective_prompt)
     if not documents:
         raise StageError("base: the corpus is empty; give domains rows in the corpus split "
                          "(domains.NAME.splits.corpus)")
@@ -112,13 +112,14 @@ def expert_sft(context: StageContext, domain: str) -> StageResult:
     make_room(start)
     problems = load_problems(context, "sft", domain)
     rng = random.Random(f"{context.seed}/{context.name}")
+    reflective = context.config["model"].reflective_prompt
     rows = []
     for problem in problems:
         thinks = rng.random() < context.config["plain_thinking"]
         for form in FORMS:
             completion = worked_completion(problem, "reasoning" if thinks else form) or worked_completion(problem, form)
             if completion is not None:
-                rows.append((f"{problem.id}-{form}", list(prompt_messages(problem, form)), completion))
+                rows.append((f"{problem.id}-{form}", list(prompt_messages(problem, form, reflective)), completion))
     if not rows:
         raise StageError(f"expert-{domain}-sft: none of the {len(problems)} sft problems has a worked solution; "
                          "give the source rows with one")
@@ -160,7 +161,7 @@ def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge:
     prompts = []
     for problem in problems:
         form = "reasoning" if rng.random() < config.reasoning_share else "original"
-        prompts.append(Prompt(problem, form, prompt_messages(problem, form)))
+        prompts.append(Prompt(problem, form, prompt_messages(problem, form, model.reflective_prompt)))
     with open_verifier(judge, problems) as verifier:
         metrics, states = train_grpo(
             config, start=start, prompts=prompts, engine=opened.engine, scorer=scorer(verifier, config.rewards),

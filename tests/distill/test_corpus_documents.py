@@ -11,9 +11,10 @@ from distill.corpus import (
     sum_drill,
 )
 from distill.problems import GENERATORS, writing
-from distill.prompts import REFLECTIVE_SYSTEM_PROMPT
 from distill.sources import humaneval_problem
 from rewards.judge_prompts import parse_pairwise, parse_pointwise
+
+REFLECTIVE = "Think first."
 
 
 def corpus(count=200):
@@ -22,15 +23,15 @@ def corpus(count=200):
 
 def test_documents_are_seeded_and_come_from_the_corpus_split_alone():
     problems = corpus()
-    documents = corpus_documents(problems, 0)
+    documents = corpus_documents(problems, 0, REFLECTIVE)
     assert len(documents) == round(len(problems) * (1 + DRILLS_PER_PROBLEM))
-    assert documents == corpus_documents(problems, 0)
-    assert documents != corpus_documents(problems, 1)
-    assert corpus_documents([dataclasses.replace(p, split="heldout") for p in problems], 0) == []
+    assert documents == corpus_documents(problems, 0, REFLECTIVE)
+    assert documents != corpus_documents(problems, 1, REFLECTIVE)
+    assert corpus_documents([dataclasses.replace(p, split="heldout") for p in problems], 0, REFLECTIVE) == []
 
 
 def test_every_kind_of_document_is_there():
-    documents = corpus_documents(corpus(), 0)
+    documents = corpus_documents(corpus(), 0, REFLECTIVE)
     texts = [d["text"] for d in documents if "text" in d]
     chats = [d["messages"] for d in documents if "messages" in d]
     assert len(texts) + len(chats) == len(documents)
@@ -40,7 +41,7 @@ def test_every_kind_of_document_is_there():
     starts = [m[-2]["content"] for m in chats]
     assert any(s.startswith("Judge the answer.") for s in starts)
     assert any(s.startswith("Judge two answers.") for s in starts)
-    reasoned = [m for m in chats if m[0]["content"] == REFLECTIVE_SYSTEM_PROMPT]
+    reasoned = [m for m in chats if m[0]["content"] == REFLECTIVE]
     assert reasoned and all(m[-1]["content"].startswith("<think>\n") for m in reasoned)
 
 
@@ -55,7 +56,7 @@ def test_judge_demonstrations_say_what_the_measure_finds():
 
 def test_the_judge_can_parse_every_demonstration():
     parsed = {"Judge the answer.": 0, "Judge two answers.": 0}
-    for document in corpus_documents(corpus(), 0):
+    for document in corpus_documents(corpus(), 0, REFLECTIVE):
         asked, output = (["", ""] + [m["content"] for m in document.get("messages", [])])[-2:]
         parse = {"Judge the answer.": parse_pointwise, "Judge two answers.": parse_pairwise}.get(asked.split("\n")[0])
         if parse is not None:
@@ -78,7 +79,7 @@ def test_a_problem_without_a_chain_is_written_as_a_direct_answer():
            "test": "def check(candidate):\n    assert candidate() == 1\n"}
     problem = dataclasses.replace(humaneval_problem("code", row, "s"), split="corpus")
     for seed in range(5):
-        [document] = corpus_documents([problem], seed)
+        [document] = corpus_documents([problem], seed, REFLECTIVE)
         assert document["messages"][-1]["content"] == problem.answer
 
 

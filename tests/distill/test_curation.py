@@ -19,8 +19,8 @@ def pool(name, count):
 def sample(problem, form="original", completion=None):
     completion = worked_completion(problem, form) if completion is None else completion
     return Sample(id=content_id(problem.id, form, completion), problem_id=problem.id, domain=problem.domain, form=form,
-                  messages=prompt_messages(problem, form), completion=completion, checkpoint="c", sampling="{}",
-                  finish_reason="stop", tokens=len(completion))
+                  messages=prompt_messages(problem, form, "Think first."), completion=completion, checkpoint="c",
+                  sampling="{}", finish_reason="stop", tokens=len(completion))
 
 
 def both_forms(problems):

@@ -37,7 +37,7 @@ class EchoSampler:
 
 
 def run(tmp_path, sampler, samples=2, problems=PROBLEMS, progress=None, **changes):
-    orders = [Order(problem, form, prompt_messages(problem, form), samples)
+    orders = [Order(problem, form, prompt_messages(problem, form, "Think first."), samples)
               for problem in problems for form in ("original", "reasoning")]
     return generate(orders, **{"sampler": sampler, "encode": encode, "decode": decode, "sampling": SAMPLING,
                                "checkpoint": "c", "log_path": tmp_path / "requests.jsonl", "shard_prompts": 4,

@@ -45,9 +45,10 @@ def test_a_demonstration_is_a_judgement_that_the_parser_reads():
 
 
 def test_worked_answers_show_a_judge_what_matches_and_what_does_not():
-    pump, lung = (dataclasses.replace(MATH[0], id=name, check=Check("match", reference), answer=answer) for name, reference,
-                  answer in (("a", "It pumps blood.", "A pump for blood."), ("b", "It takes in air.", "It breathes.")))
+    pump = dataclasses.replace(MATH[0], id="a", check=Check("match", "It pumps blood."), answer="A pump for blood.")
+    lung = dataclasses.replace(MATH[0], id="b", check=Check("match", "It takes in air."), answer="It breathes.")
     rows = judge_demonstrations([pump, lung, dataclasses.replace(pump, id="c", answer=None)], seed=0)
     assert [parse_match(judgement) for _, _, judgement in rows] == [10, 0, 10, 0]
     assert rows[1][1] == match_messages(pump, "It breathes.")
-    assert judge_demonstrations([pump], seed=0)[0][2].endswith("Match: yes") and len(judge_demonstrations([pump], 0)) == 1
+    alone, = judge_demonstrations([pump], seed=0)
+    assert alone[2].endswith("Match: yes")

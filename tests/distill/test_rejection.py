@@ -22,7 +22,8 @@ def verdict(status=Status.CORRECT, score=1.0, verifier="math"):
 def sample(problem, form="original", completion=None, **changes):
     completion = worked_completion(problem, form) if completion is None else completion
     made = Sample(id=Sample.make_id(problem.id, form, "c", str(changes), completion), problem_id=problem.id,
-                  domain=problem.domain, form=form, messages=prompt_messages(problem, form), completion=completion,
+                  domain=problem.domain, form=form, messages=prompt_messages(problem, form, "Think first."),
+                  completion=completion,
                   checkpoint="c", sampling="{}", finish_reason="stop", tokens=len(completion), verdict=verdict())
     return dataclasses.replace(made, **changes)
 
