@@ -11,7 +11,9 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
+from rewards.notation import cut, normalise
 from rewards.reasons import Reason
+from rewards.structure import LABEL, NAMES
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -100,32 +102,51 @@ def _closing_brace(text: str, start: int) -> int | None:
 _HEDGES = re.compile(r"\b(or|either|neither|not|isn't|maybe|perhaps|possibly|probably|about|approximately|roughly|"
                      r"wrong|incorrect|unknown|unsure|guess|is|any|something)\b|\?|\\neq?\b|\\not\b|≠|!=|\\neg\b|\\lnot\b|"
                      r"\\approx|≈|\\sim\b|\\boxed|\\lor\b|\\vee\b|∨", re.IGNORECASE)
-_NAME = re.compile(r"\\?[a-zA-Z]+(_\{?\w+\}?)?(\s*\([a-z]\))?")
-
-
+_JOINING = re.compile(r"or|\\lor|\\vee|∨", re.IGNORECASE)
+_EXCLUDING = re.compile(r"\\neq?|≠|!=")
 _RELATION = re.compile(r"[<>\u2264\u2265]|\\[gl](eq?|t|eqslant)\b")
+# references of several values, or of a part of the line
+_SEVERAL = re.compile(r"[,;<>≤≥]|\\(infty|pm|mp|cup|setminus|backslash|mathbb|lor|vee|\{|[gl](eq?|t|eqslant)\b|neq?\b)|"
+                      r"\b(or|and|all)\b|±|∞|∪|≠", re.IGNORECASE)
+_LINE = re.compile(r"\\(cup|setminus|backslash|neq?\b)|∪|≠")
+_EQUALS = re.compile(r"(?<![<>!])=")
+_JOINTS = re.compile(r"[,;]|\bor\b|\band\b")
 
 
 def single_value(box: str, reference: str) -> Extracted:
     """The value a mathematical box commits to.
 
     A leading "x =" is dropped. Hedges, negations and other "=" are refused, unless the reference has them too, and so
-    are inequalities, unless the reference is one or an interval.
+    are inequalities and alternatives, unless the reference holds several values or is a part of the line.
     """
-    if _RELATION.search(box) and not (_RELATION.search(reference) or "," in reference or "\\infty" in reference):
+    several = bool(_SEVERAL.search(reference))
+    if not several and _RELATION.search(box):
         return Extracted(None, Reason.HEDGED_BOX)
     for match in _HEDGES.finditer(box):
-        if match.group().lower() not in reference.lower():
+        hedge = match.group().lower()
+        wanted = hedge in reference.lower() or several and _JOINING.fullmatch(hedge) or (
+            _EXCLUDING.fullmatch(hedge) and _LINE.search(reference))
+        if not wanted:
             return Extracted(None, Reason.HEDGED_BOX)
-    equals = box.count("=")
-    if equals and "=" not in reference:
-        name, _, value = box.partition("=")
-        if equals > 1 or not value.strip() or not _NAME.fullmatch(name.strip()):
-            return Extracted(None, Reason.CHAIN_IN_BOX)
-        return Extracted(value.strip(), None)
-    if equals > max(1, reference.count("=")):
+    if not _EQUALS.search(box):
+        return Extracted(box, None)
+    pieces = cut(normalise(box), _JOINTS) if several else [box]
+    chain = max(1, *(len(_EQUALS.findall(piece)) for piece in cut(normalise(reference), _JOINTS)))
+    if any(len(_EQUALS.findall(piece)) > chain for piece in pieces):
         return Extracted(None, Reason.CHAIN_IN_BOX)
-    return Extracted(box, None)
+    if "=" in reference:
+        return Extracted(box, None)
+    for piece in pieces:
+        name, found, value = piece.partition("=")
+        if found and (not value.strip() or not _is_name(name)):
+            return Extracted(None, Reason.CHAIN_IN_BOX)
+    return Extracted(box if len(pieces) > 1 else box.partition("=")[2].strip(), None)
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` can stand before "=" as the name of an answer."""
+    text = normalise(text)
+    return bool(LABEL.fullmatch(text) or NAMES.fullmatch(text))
 
 
 _FENCE = re.compile(r"^[ \t]*```(.*)$", re.MULTILINE)

@@ -1,9 +1,9 @@
 """Verdicts on boxed answers: mathematical equality with a reference, or equality of text.
 
-Order: extraction, exact comparison (`exact.py`), then math-verify in a process that can be killed. Killable
+Order: extraction, exact comparison (`exact.py`), then algebra in a process that can be killed. Killable
 processes because no time-out inside Python stops a sympy computation, and because math-verify's own need the
 main thread. The workers start when the first answer needs them (importing sympy takes a second) and are
-shared by all threads.
+shared by all threads; a killed comparison costs its time, not the pool.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -33,7 +31,7 @@ class WorkerFailure(RuntimeError):
 
 
 class _Worker:
-    """One `rewards.math_worker` process, started by the first comparison and again after each death."""
+    """One `rewards.math_worker` process, started by the first comparison. It outlives answers that run out of time."""
 
     def __init__(self, cpu_seconds: float, wall_seconds: float, address_bytes: int) -> None:
         self.arguments = [str(cpu_seconds), str(wall_seconds), str(address_bytes)]
@@ -50,14 +48,10 @@ class _Worker:
             reply = self._line(process, self.patience)
         except BrokenPipeError:
             reply = ""
-        if reply:
+        if reply and not reply.startswith("died"):
             return reply
-        process.kill()
-        code = process.wait()
         self.stop()
-        if code in (-signal.SIGPROF, -signal.SIGALRM, -signal.SIGVTALRM):
-            return "time_limit"
-        raise WorkerFailure(f"the math worker ended with status {code} while comparing {value[:80]!r}")
+        raise WorkerFailure(f"the math worker {reply or 'ended'} while comparing {value[:80]!r}")
 
     def _start(self) -> subprocess.Popen[str]:
         # `-m` finds the package by this path, wherever the caller's working directory is
@@ -94,12 +88,12 @@ class _Worker:
 
 
 class MathPool:
-    """Comparisons by math-verify from any thread, `size` at a time.
+    """Comparisons by algebra from any thread, `size` at a time.
 
     cpu_seconds: strict limit per comparison; wall_seconds: generous one, for loaded machines.
     """
 
-    def __init__(self, size: int = 2, cpu_seconds: float = 2.5, wall_seconds: float = 15.0,
+    def __init__(self, size: int = 2, cpu_seconds: float = 1.5, wall_seconds: float = 15.0,
                  address_bytes: int = 1 << 30) -> None:
         self.size = size
         self._workers: queue.Queue[_Worker] = queue.Queue()
@@ -184,8 +178,6 @@ def verify_math(completion: str, reference: str, pool: MathPool, prompt: str = "
         assert refused
         return found(Status.MALFORMED, refused)
     decided = exact.compare(reference, value)
-    if decided is None and _is_words(reference):
-        decided = exact.same_text(reference, value)
     if decided is not None:
         return found(Status.CORRECT, Reason.EQUAL_EXACT) if decided else found(Status.WRONG, Reason.DIFFERENT)
     if exact.too_complex(value):
@@ -206,8 +198,3 @@ def verify_math_batch(items: Sequence[tuple[str, str, str]], pool: MathPool) -> 
     """`verify_math` for (completion, reference, prompt) triples, `pool.size` at a time."""
     with ThreadPoolExecutor(pool.size) as threads:
         return list(threads.map(lambda item: verify_math(item[0], item[1], pool, item[2]), items))
-
-
-def _is_words(reference: str) -> bool:
-    """Words are compared as text: algebra would read them as products of letters."""
-    return bool(re.fullmatch(r"[a-z]{2,}( [a-z]+)*", exact.normalise(reference), re.IGNORECASE))

@@ -36,7 +36,7 @@ class Reason(StrEnum):
     MASTER_KEY = "master_key", "only phrases known to fool judges, no answer"
     # comparing values and texts
     EQUAL_EXACT = "equal_exact", "equal as text or exact number"
-    EQUAL_SYMBOLIC = "equal_symbolic", "equal by math-verify"
+    EQUAL_SYMBOLIC = "equal_symbolic", "equal by algebra"
     DIFFERENT = "different", "not equal to the reference"
     REFERENCE_UNREADABLE = "reference_unreadable", "the reference cannot be read as mathematics"
     # running code

@@ -1,3 +1,4 @@
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,9 +64,29 @@ def test_a_box_that_is_only_in_the_thinking_earns_nothing(pool):
 
 
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works(pool):
-    found = verify_math(boxed("((9^{999})^{999})^{999}"), "7", pool)
-    assert (found.status, found.score) == (Status.TIMEOUT, 0.0)
+    began = time.monotonic()
+    for value in ("e^{e^{e^{e^x}}}", r"\sin(" * 90 + "x" + ")" * 90):
+        found = verify_math(boxed(value), "x+1", pool)
+        assert (found.status, found.score) == (Status.TIMEOUT, 0.0)
     assert verify_math(boxed("1+x"), "x+1", pool).status is Status.CORRECT
+    assert time.monotonic() - began < 20  # killed by CPU time, of which there may be little
+
+
+def test_a_worker_that_was_killed_is_replaced_without_importing_again():
+    with MathPool(size=1, cpu_seconds=0.3) as pool:
+        assert pool.compare("x+1", "1+x") == "equal"
+        worker = pool._workers.queue[0]
+        first = worker.process
+        assert pool.compare("x", "e^{e^{e^{e^x}}}") == "time_limit"
+        assert pool.compare("x+1", "1+x") == "equal" and worker.process is first
+
+
+@pytest.mark.parametrize(("value", "reference"), [
+    (r"\binom{9999}{4999}+1", r"\binom{9999}{4999}"), ("99!x" * 50 + "+1", "99!x" * 50), ("2^{3000}x+1", "2^{3000}x"),
+    (r"0.\overline{" + "1" * 400 + "}+1", r"0.\overline{" + "1" * 400 + "}"),
+])
+def test_neighbours_of_large_values_are_not_taken_for_them(pool, value, reference):
+    assert verify_math(boxed(value), reference, pool).status is not Status.CORRECT
 
 
 def test_verification_works_from_many_threads(pool):
