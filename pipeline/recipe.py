@@ -299,6 +299,9 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     workflow: str = "deepseek_v3"
     seed: int = 0
+    isolation: Literal["bubblewrap", "rlimits"] = Field(
+        "bubblewrap", description="of code under test; rlimits, for machines without namespaces, leaves it the network "
+        "and every readable file, and each verdict says so")
     model: ModelConfig
     domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
     engine: EngineConfig = EngineConfig()

@@ -6,12 +6,16 @@ import json
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+Isolation = Literal["bubblewrap", "rlimits"]
+ISOLATION = ("Of code under test; rlimits, for machines without namespaces, leaves it the network and every readable "
+             "file, and each verdict says so.")
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +32,8 @@ def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to s
           judge: Annotated[Path | None, typer.Option(help="Checkpoint folder of a judge, for principles and match.")
                            ] = None,
           votes: Annotated[int, typer.Option(min=1, help="Judgements averaged for each answer.")] = 1,
-          workers: Annotated[int, typer.Option(min=1, help="Sandboxes and math workers at a time.")] = 2) -> None:
+          workers: Annotated[int, typer.Option(min=1, help="Sandboxes and math workers at a time.")] = 2,
+          isolation: Annotated[Isolation, typer.Option(help=ISOLATION)] = "bubblewrap") -> None:
     """Score answers of a JSONL file; the same command goes on where it stopped.
 
     An item has id, kind (math, exact, code, principles or match), completion and what its check needs: reference, tests
@@ -57,7 +62,7 @@ def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to s
                 settings = judge_settings(judge, votes=votes)
                 opened.enter_context(_ray())
                 asked = settings()
-            verifier = opened.enter_context(Verifier(asked, workers=workers))
+            verifier = opened.enter_context(Verifier(asked, workers=workers, isolation=isolation))
             verifier.run_canaries(sorted({item.kind for item in items}), sorted({item.language for item in items}))
             columns = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             bar = opened.enter_context(Progress(*columns))
@@ -81,6 +86,7 @@ def serve(recipe: Annotated[str | None, typer.Option(help="Take engine, votes an
               help="File with the bearer token that requests must carry; or set POSTTRAIN_TOKEN.")] = None,
           workers: Annotated[int, typer.Option(min=1, help="Math workers, and sandboxes, of each replica.")] = 2,
           replicas: Annotated[int, typer.Option(min=1, help="Replicas of each part, spread over the cluster.")] = 1,
+          isolation: Annotated[Isolation | None, typer.Option(help=ISOLATION)] = None,
           queue: Annotated[int, typer.Option(min=1, help="Calls that may wait for a part; more get 429.")] = 64,
           log: Annotated[Path, typer.Option(help="A line for each request.")] = Path("posttrain-serve.log")) -> None:
     """Serve the rewards over HTTP, for any trainer; /docs shows every route."""
@@ -104,7 +110,8 @@ def serve(recipe: Annotated[str | None, typer.Option(help="Take engine, votes an
         if loaded and judge is None and any(domain.judged for domain in loaded.domains.values()):
             raise StageError(f"{recipe} has judged domains: give --judge RUN_DIR/stages/reward-model/*/checkpoint")
         parts = Parts(math=bool(recipe) or math, code=bool(recipe) or code, workers=workers, replicas=replicas,
-                      queue=queue, judge=judge_settings(judge, loaded) if judge else None)
+                      queue=queue, isolation=isolation or (loaded.isolation if loaded else "bubblewrap"),
+                      judge=judge_settings(judge, loaded) if judge else None)
         constitution = tuple(dict.fromkeys(text for domain in (loaded.domains.values() if loaded else ())
                                            for text in domain.principles))
         ended = threading.Event()

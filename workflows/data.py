@@ -89,7 +89,8 @@ def verify(context: StageContext) -> StageResult:
             expert = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
                                 context.config["engine"], context.seed)
             judge = expert.judge(context.seed)
-        with open_verifier(judge, [by_id[s.problem_id] for s in samples]) as verifier:
+        sampled = [by_id[sample.problem_id] for sample in samples]
+        with open_verifier(judge, sampled, context.config["isolation"]) as verifier:
             verified += with_verdicts(samples, by_id, verifier.verify_batch, 256, context.progress)
     check_infrastructure([sample.verdict for sample in verified], context.name)
     write_table(context.out / "samples.parquet", verified, Sample)

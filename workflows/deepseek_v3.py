@@ -35,6 +35,7 @@ def build(recipe: Recipe) -> list[Stage]:
     judged = [name for name, domain in recipe.domains.items() if domain.judged]
     feedback = {name: recipe.domains[name].feedback for name in judged}
     shared = {"model": recipe.model, "engine": recipe.engine}
+    verified = {**shared, "isolation": recipe.isolation}
     stages = [
         Stage("problems", data.problems, {"domains": recipe.domains},
               modules=("workflows.data", "distill.sources", "distill.splits"),
@@ -53,7 +54,7 @@ def build(recipe: Recipe) -> list[Stage]:
                   ("problems", "base"),
                   modules=("workflows.expert", *TRAINED, *PACKED, "distill.judging", "distill.prompts"),
                   title=f"Train the {name} expert on worked solutions"),
-            Stage(rl, partial(expert.expert_rl, domain=name), {**shared, "rl": recipe.expert.rl}, ("problems", sft),
+            Stage(rl, partial(expert.expert_rl, domain=name), {**verified, "rl": recipe.expert.rl}, ("problems", sft),
                   modules=("workflows.expert", *REINFORCED),
                   title=f"GRPO of the {name} expert with the reflective prompt"),
             Stage(generate, partial(data.generate, domain=name), {**shared, "generate": recipe.generate},
@@ -63,7 +64,7 @@ def build(recipe: Recipe) -> list[Stage]:
     generated = tuple(f"generate-{name}" for name in domains)
     judges = tuple(f"expert-{name}-rl" for name in judged)
     stages += [
-        Stage("verify", data.verify, {**shared, "judged": judged}, ("problems", *generated, *judges),
+        Stage("verify", data.verify, {**verified, "judged": judged}, ("problems", *generated, *judges),
               modules=("workflows.data", *SAMPLED, "rewards"), title="A verdict for every sample"),
         Stage("reject", data.reject, {"reject": recipe.reject}, ("problems", "verify"),
               modules=("workflows.data", "distill.rejection"), title="Keep correct, well-formed, concise samples"),
@@ -96,11 +97,11 @@ def build(recipe: Recipe) -> list[Stage]:
     experts = tuple(f"expert-{name}-rl" for name in domains)
     return [
         *stages,
-        Stage("rl", alignment.rl, {**shared, "rl": recipe.rl, "reward_model": recipe.reward_model,
+        Stage("rl", alignment.rl, {**verified, "rl": recipe.rl, "reward_model": recipe.reward_model,
                                    "feedback": feedback},
               ("problems", "sft", *rewarded), modules=("workflows.alignment", *REINFORCED),
               title="GRPO on all domains"),
-        Stage("evaluate", ending.evaluate, {**shared, "evaluation": recipe.evaluation, "domains": domains},
+        Stage("evaluate", ending.evaluate, {**verified, "evaluation": recipe.evaluation, "domains": domains},
               ("problems", "base", *experts, "sft", *rewarded, "rl"),
               modules=("workflows.ending", *SAMPLED, "evaluation", "rewards", "distill.problems"),
               title="Held-out accuracy of every model"),

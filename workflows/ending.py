@@ -36,8 +36,8 @@ def evaluate(context: StageContext) -> StageResult:
     kept: list[Sample] = []
     reflective: dict[str, float | None] = {}
     waiting: dict[tuple[str, str], tuple[list[Sample], list[Sample]]] = {}
-    with open_verifier(None, [p for name, rows in problems.items() if name not in judged | matched
-                              for p in rows]) as verifier:
+    ruled = [problem for name, rows in problems.items() if name not in judged | matched for problem in rows]
+    with open_verifier(None, ruled, context.config["isolation"]) as verifier:
         for label, (stage, own, form) in models.items():
             model = open_model(context.inputs[stage] / "checkpoint", context.config["model"], context.config["engine"],
                                context.seed)
@@ -68,7 +68,7 @@ def evaluate(context: StageContext) -> StageResult:
         model = open_model(context.inputs["reward-model"] / "checkpoint", context.config["model"],
                            context.config["engine"], context.seed)
         judge = model.judge(context.seed)
-    with open_verifier(judge, []) as verifier:
+    with open_verifier(judge, [], context.config["isolation"]) as verifier:
         for (label, name), rows in waiting.items():
             greedy, sampled = (_verified(verifier, part, problems[name]) for part in rows)
             result[label][name] = accuracy(greedy, sampled, config.k)

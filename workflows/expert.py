@@ -162,7 +162,7 @@ def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge:
     for problem in problems:
         form = "reasoning" if rng.random() < config.reasoning_share else "original"
         prompts.append(Prompt(problem, form, prompt_messages(problem, form, model.reflective_prompt)))
-    with open_verifier(judge, problems) as verifier:
+    with open_verifier(judge, problems, context.config["isolation"]) as verifier:
         metrics, states = train_grpo(
             config, start=start, prompts=prompts, engine=opened.engine, scorer=scorer(verifier, config.rewards),
             out=context.out, work=context.work, seed=context.seed, dtype=model.dtype,

@@ -15,6 +15,7 @@ from pipeline.stage import StageError
 if TYPE_CHECKING:
     from rewards.judge import Judge, Judges
     from rewards.registry import Verifier
+    from rewards.sandbox import Isolation
     from rl.engine import RolloutEngine
     from rl.trainer import Scorer
 
@@ -81,12 +82,14 @@ def open_model(checkpoint: Path, model: ModelConfig, engine_config: EngineConfig
 
 
 @contextmanager
-def open_verifier(judge: Judge | Judges | None, problems: Sequence[Problem]) -> Iterator[Verifier]:
+def open_verifier(judge: Judge | Judges | None, problems: Sequence[Problem], isolation: Isolation
+                  ) -> Iterator[Verifier]:
     """A verifier whose canaries for the kinds of check among `problems` have passed; code runs on the whole cluster."""
     from rewards.registry import Verifier
     from rewards.spread import cluster_runners
 
-    with cluster_runners() as runners, Verifier(judge=judge, runners=runners) as verifier:
+    with (cluster_runners(isolation=isolation) as runners,
+          Verifier(judge=judge, isolation=isolation, runners=runners) as verifier):
         verifier.run_canaries(sorted({problem.check.kind for problem in problems if not problem.check.judged}),
                               sorted({problem.check.language or "python" for problem in problems}))
         yield verifier

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,7 @@ from rewards.service.backend import Backend, Overloaded, Unavailable
 from rewards.service.gate import Gate, Metrics, Rules
 
 MAX_ITEMS = 1024
+DOCS = Path(__file__).with_name("docs.html")
 DEFAULT_PRINCIPLES = ("It answers what was asked.", "What it says is right.", "It is clear and no longer than needed.")
 
 
@@ -51,9 +53,10 @@ class Counted:
 
 def build_app(backend: Backend, rules: Rules = LOCAL, principles: Sequence[str] = DEFAULT_PRINCIPLES) -> FastAPI:
     """The application. principles: for contracts that bring an answer and nothing to judge it by."""
-    app = FastAPI(title="posttrain rewards", version="1", redoc_url=None, description=__doc__,
-                  openapi_tags=[{"name": "native"}, *({"name": module.__name__.rpartition(".")[2],
-                                                       "description": module.__doc__} for module in CONTRACTS)])
+    # a page of our own: FastAPI's loads its scripts from the internet
+    app = FastAPI(title="posttrain rewards", version="1", docs_url=None, redoc_url=None,
+                  openapi_tags=[{"name": "native", "description": "For any caller."},
+                                *({"name": name, "description": module.__doc__} for name, module in CONTRACTS.items())])
     metrics = Metrics()
     app.state.backend, app.state.principles = Counted(backend, metrics), tuple(principles)
     app.add_middleware(Gate, rules=rules, metrics=metrics)
@@ -75,12 +78,16 @@ def build_app(backend: Backend, rules: Rules = LOCAL, principles: Sequence[str] 
         """Prometheus text."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(DOCS.read_text())
+
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    for module in CONTRACTS:
-        app.include_router(module.router, tags=[module.__name__.rpartition(".")[2]])
+    for name, module in CONTRACTS.items():
+        app.include_router(module.router, tags=[name])
     app.add_exception_handler(ScoringError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Overloaded, _overloaded)
@@ -88,7 +95,7 @@ def build_app(backend: Backend, rules: Rules = LOCAL, principles: Sequence[str] 
     return app
 
 
-CONTRACTS = (openrlhf, slime, verl, open_instruct, nemo_gym)
+CONTRACTS = {"OpenRLHF": openrlhf, "slime": slime, "verl": verl, "open-instruct": open_instruct, "NeMo Gym": nemo_gym}
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rewards.registry import Verifier
-from rewards.sandbox import Isolation, Job, Limits, Outcome, Sandbox, SandboxFailure
+from rewards.sandbox import Job, Limits, Outcome, Sandbox, SandboxFailure
 from rewards.scoring import Item, Result, ScoringError, score
 
 GROUPS = {"math": "math", "exact": "math", "code": "code", "principles": "judge", "match": "judge"}
@@ -46,8 +46,8 @@ def refuse_missing(groups: frozenset[str], wanted: set[str]) -> None:
 class LocalBackend:
     """Verifiers of this process, in threads."""
 
-    def __init__(self, verifier: Verifier, isolation: Isolation = "bubblewrap") -> None:
-        self.verifier, self.isolation = verifier, isolation
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
         self.groups = frozenset({"math", "code", "judge"} if verifier.judge else {"math", "code"})
 
     async def score(self, items: Sequence[Item], n_votes: int | None = None) -> list[Result]:
@@ -56,6 +56,6 @@ class LocalBackend:
 
     async def run(self, jobs: Sequence[Job], limits: Limits) -> list[Outcome]:
         try:
-            return await asyncio.to_thread(Sandbox(limits, self.isolation).run, jobs)
+            return await asyncio.to_thread(Sandbox(limits, self.verifier.isolation).run, jobs)
         except SandboxFailure as failure:
             raise Unavailable(str(failure)) from None

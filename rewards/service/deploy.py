@@ -23,7 +23,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from pipeline.stage import StageError
 from rewards.judge import Judge
 from rewards.registry import Verifier
-from rewards.sandbox import Job, Limits, Outcome, Sandbox, SandboxFailure
+from rewards.sandbox import Isolation, Job, Limits, Outcome, Sandbox, SandboxFailure
 from rewards.scoring import Item, Result, score
 from rewards.service.app import DEFAULT_PRINCIPLES, build_app
 from rewards.service.backend import GROUPS, Overloaded, Unavailable, refuse_missing
@@ -43,6 +43,7 @@ class Parts:
     judge: Callable[[], Judge] | None = None
     workers: int = 2
     replicas: int = 1
+    isolation: Isolation = "bubblewrap"
     queue: int = 64  # calls that wait for a part, beyond those it works on
 
     def names(self) -> list[str]:
@@ -52,8 +53,9 @@ class Parts:
 class Part:
     """One part of the service: a verifier for some kinds of check."""
 
-    def __init__(self, judge: Callable[[], Judge] | None, workers: int, canaries: Sequence[str]) -> None:
-        self.verifier = Verifier(judge() if judge else None, workers)
+    def __init__(self, judge: Callable[[], Judge] | None, workers: int, canaries: Sequence[str], isolation: Isolation
+                 ) -> None:
+        self.verifier = Verifier(judge() if judge else None, workers, isolation=isolation)
         if "math" in canaries:
             self.verifier.math.start()
         self.verifier.run_canaries(canaries, ["python"])
@@ -63,7 +65,7 @@ class Part:
         return [found.model_dump() for found in await asyncio.to_thread(score, asked, self.verifier, n_votes)]
 
     async def run(self, jobs: list[Job], limits: Limits) -> list[Outcome]:
-        return await asyncio.to_thread(Sandbox(limits).run, jobs)
+        return await asyncio.to_thread(Sandbox(limits, self.verifier.isolation).run, jobs)
 
 
 class JudgePart(Part):
@@ -147,7 +149,8 @@ def start(parts: Parts, host: str, port: int, rules: Rules, log_file: Path, prin
             max_ongoing_requests=64 if group == "judge" else 2 * parts.workers, max_queued_requests=parts.queue,
             ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5)
         canaries = {"math": ("math", "exact"), "code": ("code",), "judge": ()}[group]
-        handles[group] = deployment.bind(parts.judge if group == "judge" else None, parts.workers, canaries)
+        handles[group] = deployment.bind(parts.judge if group == "judge" else None, parts.workers, canaries,
+                                         parts.isolation)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
     api = serve.deployment(Api, name="api", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0},

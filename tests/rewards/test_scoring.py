@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from posttrain_command import posttrain
 
 from rewards.scoring import ScoringError
 from rewards.scoring_file import BATCH, read_items, score_file
@@ -96,6 +97,14 @@ def test_a_killed_command_goes_on_and_scores_nothing_twice(tmp_path):
     assert [row["id"] for row in found] == [str(number) for number in range(4 * BATCH)]
     assert all(row["score"] == 1.0 for row in found)
     assert f"{4 * BATCH - len(kept.splitlines())} items scored" in done.stdout
+
+
+def test_a_weaker_isolation_is_asked_for_by_name_and_shown_in_the_verdict(tmp_path):
+    source = write(tmp_path / "in.jsonl", [CODE])
+    done = posttrain("score", "-i", source, "-o", "out.jsonl", "--isolation", "rlimits", folder=tmp_path)
+    assert done.code == 0, done.both
+    found, = results(tmp_path / "out.jsonl")
+    assert found["score"] == 1.0 and found["evidence"].startswith("[isolation: rlimits]")
 
 
 def test_the_command_names_a_broken_line_and_exits_with_1(tmp_path):
