@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from random import Random
 
 from distill.corpus import DRAFT_QUALITIES, pairwise_judgement, pointwise_judgement
-from distill.matching import match_demonstration
+from distill.matching import match_demonstration, worked_cases
 from distill.problems import writing
 from pipeline.records import Message, Problem, content_id
 from rewards.judge_prompts import pairwise_messages, pointwise_messages
@@ -25,7 +25,7 @@ def judge_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonst
     And one right and one wrong match per problem with a free-form reference and a worked answer.
     """
     problems = list(problems)
-    rows = _matches([problem for problem in problems if problem.check.kind == "match" and problem.answer])
+    rows = [match_demonstration(*case) for case in worked_cases(problems)]
     for problem in problems:
         if not writing.measurable(problem):
             continue
@@ -33,15 +33,6 @@ def judge_demonstrations(problems: Iterable[Problem], seed: int) -> list[Demonst
         first, second = (writing.draft(problem, rng, quality) for quality in rng.sample(DRAFT_QUALITIES, 2))
         rows += [_row(pointwise_messages(problem, first), pointwise_judgement(problem, first)),
                  _row(pairwise_messages(problem, first, second), pairwise_judgement(problem, first, second))]
-    return rows
-
-
-def _matches(problems: list[Problem]) -> list[Demonstration]:
-    rows = []
-    for problem, other in zip(problems, problems[1:] + problems[:1], strict=True):
-        rows.append(match_demonstration(problem, problem.answer or "", True))
-        if other.check.reference != problem.check.reference:
-            rows.append(match_demonstration(problem, other.answer or "", False))
     return rows
 
 

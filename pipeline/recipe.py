@@ -261,8 +261,8 @@ class PreferenceConfig(Section):
 class RewardModelConfig(Section):
     train: TrainConfig = TrainConfig(epochs=1, learning_rate=6e-6)
     match_rows: Annotated[int, Field(ge=0)] = Field(
-        20000, description="comparisons with a reference to train on, from verified samples, half of them wrong; taken "
-        "where a domain is judged by match")
+        20000, description="comparisons with a reference to train on, half from verified samples and half from worked "
+        "answers; taken where a domain is judged by match")
     votes: PositiveInt = Field(1, description="judgements averaged per scored completion")
     max_tokens: PositiveInt = 8192
     min_accuracy: Fraction01 = Field(0.6, description="held-out pair accuracy below which it may not be a reward")

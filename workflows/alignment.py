@@ -12,6 +12,7 @@ from workflows.expert import run_grpo, self_judge
 from workflows.inference import open_model
 
 HELDOUT_SHARE = 10  # one problem in so many calibrates the judge's matching and is not trained on
+MATCHES_CALIBRATED = 1000
 
 
 def sft(context: StageContext) -> StageResult:
@@ -121,20 +122,22 @@ def _pairs(context: StageContext) -> list[dict]:
 
 def _match_cases(context: StageContext, problems: dict[str, Problem]) -> tuple[list, list]:
     """Comparisons to train on and, of other problems, to calibrate with; none where no problem is judged by match."""
-    from distill.matching import match_cases
+    from distill.matching import verified_cases, worked_cases
 
     if not any(problem.check.kind == "match" for problem in problems.values()):
         return [], []
-    samples, count = read_table(context.inputs["verify"] / "samples.parquet", Sample), context.config[
-        "reward_model"].match_rows
+    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
+    worked = [problem for problem in problems.values() if problem.split == "sft"]
     heldout = {id_ for id_ in problems if int(content_id(id_, "match")[:8], 16) % HELDOUT_SHARE == 0}
-    train, held = ([sample for sample in samples if (sample.problem_id in heldout) == side] for side in (False, True))
-    cases = match_cases(train, problems, count, context.seed)
-    if not cases:
-        raise StageError("reward-model: a domain is judged by match, and no verified sample of a math or exact problem "
-                         "shows a right and a wrong comparison to learn from; add a domain with references that a rule "
-                         "checks, or sample more in generate")
-    return cases, match_cases(held, problems, -(-count // HELDOUT_SHARE), context.seed)
+    sides = []
+    for side, count in ((False, context.config["reward_model"].match_rows // 2), (True, MATCHES_CALIBRATED // 2)):
+        verified = [sample for sample in samples if (sample.problem_id in heldout) == side]
+        own = worked_cases([problem for problem in worked if (problem.id in heldout) == side])
+        sides.append(verified_cases(verified, problems, count, context.seed) + own[:count])
+    if not all(sides):
+        raise StageError("reward-model: a domain is judged by match, and there is nothing to learn matching from; give "
+                         "its rows worked answers, or add a domain with references that a rule checks")
+    return sides[0], sides[1]
 
 
 def rl(context: StageContext) -> StageResult:

@@ -1,7 +1,7 @@
 import dataclasses
 
 from distill.judging import judge_demonstrations
-from distill.matching import match_cases, match_demonstration
+from distill.matching import match_demonstration, verified_cases
 from distill.problems import GENERATORS
 from pipeline.records import Check, Sample, Status, Verdict
 from rewards.judge_prompts import match_messages, parse_match
@@ -20,18 +20,18 @@ def sample(problem, status, answer):
 def test_half_of_the_comparisons_are_right_and_each_answer_comes_once():
     samples = [sample(problem, Status.CORRECT, problem.answer) for problem in MATH] * 2
     samples += [sample(problem, Status.WRONG, "It is \\boxed{-1}.") for problem in MATH[:4]]
-    cases = match_cases(samples, PROBLEMS, 6, seed=0)
+    cases = verified_cases(samples, PROBLEMS, 6, seed=0)
     assert [right for _, _, right in cases] == [True, False] * 3
     assert len({(problem.id, answer) for problem, answer, _ in cases}) == 6
-    assert len(match_cases(samples, PROBLEMS, 100, seed=0)) == 8, "as many right ones as there are wrong ones"
-    assert match_cases(samples, PROBLEMS, 6, seed=0) == cases != match_cases(samples, PROBLEMS, 6, seed=1)
+    assert len(verified_cases(samples, PROBLEMS, 100, seed=0)) == 8, "as many right ones as there are wrong ones"
+    assert verified_cases(samples, PROBLEMS, 6, seed=0) == cases != verified_cases(samples, PROBLEMS, 6, seed=1)
 
 
 def test_malformed_answers_and_problems_without_a_reference_teach_nothing():
     samples = [sample(NOTE, Status.CORRECT, "a"), sample(NOTE, Status.WRONG, "b"),
                sample(MATH[0], Status.MALFORMED, "c"),
                dataclasses.replace(sample(MATH[1], Status.WRONG, "d"), verdict=None)]
-    assert match_cases(samples, PROBLEMS, 6, seed=0) == []
+    assert verified_cases(samples, PROBLEMS, 6, seed=0) == []
 
 
 def test_a_demonstration_is_a_judgement_that_the_parser_reads():
