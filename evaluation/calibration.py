@@ -47,11 +47,12 @@ def clear_cases(judge: Judge, pairs: Sequence[LabelledPair], count: int = 4) -> 
     cases = [(problem, text, gap * sign > 0) for problem, a, b, gap in pairs[:16 * count]
              for text, sign in ((a, 1), (b, -1))]
     verdicts = judge.score([problem for problem, _, _ in cases], [text for _, text, _ in cases])
-    clear = {Status.CORRECT: [], Status.WRONG: []}
-    for (problem, text, better), found in zip(cases, verdicts, strict=True):
-        if found.status in clear and (found.status is Status.CORRECT) == better:
-            clear[found.status].append((problem, text, found.status))
-    return [case for cases in clear.values() for case in cases[:count // 2]]
+    clear: dict[Status, list[tuple[float, int]]] = {Status.CORRECT: [], Status.WRONG: []}
+    for index, ((_, _, better), found) in enumerate(zip(cases, verdicts, strict=True)):
+        if found.score is not None and found.status in clear and (found.status is Status.CORRECT) == better:
+            clear[found.status].append((-abs(found.score - 0.5), index))
+    # the most decided ones: another batch, whose sums round otherwise, must not turn them over
+    return [(*cases[index][:2], status) for status, rows in clear.items() for _, index in sorted(rows)[:count // 2]]
 
 
 def calibrate_match(judge: Judge, cases: Sequence[MatchCase]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from rewards.languages import LANGUAGES, NoFunction, java_main, java_program
 from rewards.reasons import Reason, verdict
 from rewards.sandbox import Job, Outcome, Sandbox, SandboxFailure
 
+# what the kernel says to a refused call, in the words of each language; it tells reasons apart and decides nothing
+_REFUSED = re.compile(r"PermissionError|Permission denied|Operation not permitted|Read-only file system|Network is "
+                      r"unreachable|\b(?:EPERM|EACCES|EROFS|ENETUNREACH)\b|\[Errno (?:1|13|30|101)\]")
 _STATUS = {Reason.ALL_PASSED: Status.CORRECT, Reason.TIME_LIMIT: Status.TIMEOUT, Reason.BAD_CHECK: Status.INFRA_ERROR}
 
 
@@ -176,9 +179,12 @@ def _death(run: dict[str, Any], work: Work) -> Reason | None:
             return Reason.NO_FUNCTION
         if report.get("stage") == "value":
             return Reason.WRONG_OUTPUT
-        return Reason.MEMORY_LIMIT if report["error"] == "MemoryError" else Reason.RUNTIME_ERROR
+        if report["error"] == "MemoryError":
+            return Reason.MEMORY_LIMIT
+        said = f"{report['error']}: {report.get('detail', '')}"
+        return Reason.FORBIDDEN if _REFUSED.search(said) else Reason.RUNTIME_ERROR
     if run["exit"] != 0:
-        return Reason.RUNTIME_ERROR
+        return Reason.FORBIDDEN if _REFUSED.search(run["stderr"][-4000:]) else Reason.RUNTIME_ERROR
     return None
 
 

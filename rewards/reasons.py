@@ -44,6 +44,7 @@ class Reason(StrEnum):
     WRONG_OUTPUT = "wrong_output", "a test got another output"
     COMPILE_ERROR = "compile_error", "the code does not compile"
     RUNTIME_ERROR = "runtime_error", "the code raised, crashed or ended its process"
+    FORBIDDEN = "forbidden", "ended over something that the sandbox refuses: network, files, processes, tracing"
     TIME_LIMIT = "time_limit", "out of time"
     MEMORY_LIMIT = "memory_limit", "out of memory"
     OUTPUT_LIMIT = "output_limit", "more output than allowed"

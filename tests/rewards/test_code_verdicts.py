@@ -34,6 +34,9 @@ def block(code, language="python"):
     ("def f(x): return x", "wrong_output"),
     ("def f(x): return x +", "compile_error"),
     ("def f(x): return 1 // 0", "runtime_error"),
+    ("import socket\ndef f(x): return socket.socket().fileno()", "forbidden"),
+    ("def f(x): return open('/usr/new', 'w').write('x')", "forbidden"),
+    ("import os\ndef f(x): return os.chroot('/')", "forbidden"),
     ("raise SystemExit(0)", "runtime_error"),
     ("def g(x): return x + 1", "no_function"),
     ("def f(x): return 'x' * 10**10", "memory_limit"),
@@ -88,6 +91,8 @@ def f(x):
     ("double f(int x) { return x + 1; }", "compile_error"),
     ("int f(int x, int y) { return x + 1; }", "compile_error"),
     ("int f(int x) { volatile int *p = 0; return *p; }", "runtime_error"),
+    ("#include <stdio.h>\n#include <stdlib.h>\nint f(int x) { if (!fopen(\"/usr/new\", \"w\")) { perror(\"new\"); "
+     "exit(1); } return x; }", "forbidden"),
     ("int f(int x) { for (;;) ; }", "time_limit"),
     ("int g(int x) { return x + 1; }", "no_function"),
 ])
@@ -163,6 +168,7 @@ def test_functions_take_and_return_lists_texts_and_numbers(sandbox, language):
     ("javascript", "function f(x) { return { valueOf() { return x + 1; } }; }", "wrong_output"),
     ("javascript", "function f(x) { return x + ; }", "compile_error"),
     ("javascript", "function f(x) { throw new Error('no'); }", "runtime_error"),
+    ("javascript", "function f(x) { require('fs').writeFileSync('/usr/new', 'x'); return x; }", "forbidden"),
     ("javascript", "function f(x) { const v = []; for (;;) v.push(new Array(999999).fill(1.5)); }", "memory_limit"),
     ("javascript", "function f(x) { for (;;) ; }", "time_limit"),
     ("javascript", "function g(f) { return f + 1; }", "no_function"),
