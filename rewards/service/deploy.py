@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import logging.handlers
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,21 @@ class Part:
 
 
 class JudgePart(Part):
-    """The judge: requests that arrive together are asked together, as the engine is fastest with many."""
+    """The judge: requests that arrive together are asked together, as the engine is fastest with many.
+
+    Ends when its engine is dead: Serve starts another, and the API asks that one.
+    """
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.02)
     async def _together(self, calls: list[tuple[list[dict[str, Any]], int | None]]) -> list[list[dict[str, Any]]]:
         found: list[list[dict[str, Any]]] = [[] for _ in calls]
         for votes in {votes for _, votes in calls}:
             own = [index for index, call in enumerate(calls) if call[1] == votes]
-            results = iter(await super().score([item for index in own for item in calls[index][0]], votes))
+            try:
+                results = iter(await super().score([item for index in own for item in calls[index][0]], votes))
+            except StageError as error:
+                logging.getLogger("ray.serve").error("the judge's engine failed, starting anew: %s", error)
+                os._exit(1)
             for index in own:
                 found[index] = [next(results) for _ in calls[index][0]]
         return found
