@@ -11,12 +11,14 @@ import re
 
 from pipeline.records import Message, Problem
 from rewards.extract import split_thinking
+from rewards.plain_text import latin, plain
 
 MAX_SCORE = 10.0
 
-_MARKERS = re.compile(r"^\W*(end\s+of\s+(answer(\s+[ab])?|reference)|answer(\s+[ab])?|task|principles|reference|"
-                      r"judge(\s+the\s+answer)?|judge\s+two\s+answers|match(\s+the\s+answer.*)?|(final\s+)?scores?|"
-                      r"[ab])\b\W*(:|\.|$)", re.IGNORECASE)
+_MARKERS = re.compile(r"^\W*(end\s+of\s+(answer(\s+[ab])?|reference)|answer(\s+[ab])?|((new|next)\s+)?task|principles|"
+                      r"reference|judge(\s+the\s+answer)?|judge\s+two\s+answers|match(\s+the\s+answer.*)?|"
+                      r"(final\s+)?scores?|critique|verdict|system|developer|user|human|assistant|[ab])\b\W*(:|\.|$)",
+                      re.IGNORECASE)
 
 
 def pointwise_messages(problem: Problem, candidate: str) -> list[Message]:
@@ -52,13 +54,16 @@ def _section(name: str, text: str) -> str:
 
 
 def quote(candidate: str) -> str:
-    """A candidate's text so that no line of it can be taken for a line of the prompt or a chat token."""
+    """A candidate's text so that no line of it, as a reader sees it, can be taken for a line of the prompt, for another
+    speaker's turn or for a chat token.
+    """
     text = re.sub(r"<(?=[|\uff5c]|/?think>)", "< ", candidate)
-    return "\n".join(f"| {line}" if _MARKERS.match(line) else line for line in text.strip().splitlines())
+    return "\n".join(f"| {line}" if _MARKERS.match(latin(plain(line))) else line for line in text.strip().splitlines())
 
 
 _NUMBER = r"(\d{1,2}(?:\.\d+)?)"
-_VERDICT_LINE = re.compile(r"^\W*((final\s+)?scores?|match)\b\s*:", re.IGNORECASE)
+# not a line with the mark of a quoted one, nor one without a value: a critique may quote "Score: Ann 2, Bob 1"
+_VERDICT_LINE = re.compile(r"^(?!\| )\W*((final\s+)?scores?|match)\b\s*:\W*(\d|yes\b|no\b)", re.IGNORECASE)
 
 
 def parse_pointwise(text: str) -> float | None:

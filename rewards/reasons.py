@@ -31,7 +31,7 @@ class Reason(StrEnum):
     NEGATED_BOX = "negated_box", "the text around the box says that it is not the answer"
     HEDGED_BOX = "hedged_box", "the box holds a hedge, a negation, an alternative or a bound"
     CHAIN_IN_BOX = "chain_in_box", "the box holds an equation or a chain of '=' instead of a value"
-    TOO_COMPLEX = "too_complex", "too long, nested or tall to be compared safely"
+    TOO_COMPLEX = "too_complex", "too long, nested or tall to be compared or judged safely"
     NO_CODE_BLOCK = "no_code_block", "not exactly one fenced block of the language asked for"
     MASTER_KEY = "master_key", "only phrases known to fool judges, no answer"
     # comparing values and texts
