@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.records import Check, Status, Verdict
 from rewards.extract import code_block, split_thinking
@@ -74,8 +74,8 @@ def work_of(code: str, language: str, check: Check) -> Work:
     if not tests:
         raise ValueError("no tests")
     if "assert_code" in tests[0]:
-        if language != "python" or not check.entry_point or len(tests) != 1:
-            raise ValueError("assert_code is one test, for Python, with an entry_point")
+        if language != "python" or not _is_name(check.entry_point) or len(tests) != 1:
+            raise ValueError("assert_code is one test, for Python, with the name of a function as entry_point")
         return Work(Job("python", "asserts", code, (), check.entry_point, nonce, tests[0]["assert_code"]), ())
     if "stdin" in tests[0]:
         inputs = [test["stdin"] for test in tests]
@@ -83,7 +83,7 @@ def work_of(code: str, language: str, check: Check) -> Work:
         if not all(isinstance(text, str) for text in (*inputs, *expected)):
             raise ValueError("stdin and expected must be texts")
         return Work(program_job(code, language, inputs), expected)
-    if not check.entry_point or not re.fullmatch(r"[A-Za-z_]\w*", check.entry_point):
+    if not _is_name(check.entry_point):
         raise ValueError(f"entry_point {check.entry_point!r} is not a name")
     inputs, expected = [test["args"] for test in tests], tuple(test["expected"] for test in tests)
     call = LANGUAGES[language].call
@@ -93,6 +93,10 @@ def work_of(code: str, language: str, check: Check) -> Work:
         raise NoFunction(f"no function {check.entry_point}")
     return Work(Job(language, "programs", call(code, check.entry_point, inputs, nonce), [json.dumps(inputs)],
                     check.entry_point, nonce, main="PosttrainCall"), expected)
+
+
+def _is_name(entry_point: str | None) -> TypeGuard[str]:
+    return bool(entry_point and re.fullmatch(r"[A-Za-z_]\w*", entry_point))
 
 
 def program_job(code: str, language: str, inputs: Sequence[str]) -> Job:

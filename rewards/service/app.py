@@ -31,7 +31,8 @@ class ScoreRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     items: Annotated[list[Item], Field(max_length=MAX_ITEMS)]
-    n_votes: Annotated[int, Field(ge=1, le=64)] | None = Field(None, description="in place of the judge's own number")
+    n_votes: Annotated[int, Field(strict=True, ge=1, le=64)] | None = Field(
+        None, description="in place of the judge's own number")
 
 
 class ScoreResponse(BaseModel):

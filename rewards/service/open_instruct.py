@@ -15,6 +15,7 @@ from pipeline.records import Check
 from rewards.code import Work, verdict_on, work_of
 from rewards.sandbox import Limits
 from rewards.scoring import ScoringError, Text
+from rewards.service.answers import read_json
 from rewards.service.backend import Unavailable
 
 router = APIRouter()
@@ -86,8 +87,8 @@ async def _run(tests: list[Work | None], seconds: float, request: Request) -> Pr
 def _tests(given: list[Any] | str, kind: type) -> list[Any]:
     if isinstance(given, str):
         try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
+            given = read_json(given)
+        except ValueError:
             raise ScoringError("tests: a text must be JSON; compressed pickles are not read, as reading one runs code"
                                ) from None
     if not isinstance(given, list) or len(given) > MAX_TESTS or not all(isinstance(test, kind) for test in given):

@@ -242,6 +242,7 @@ def f(v, k):
 def test_unusable_tests_are_the_checks_fault_and_no_wrong_answer(sandbox):
     asserts = json.dumps([{"assert_code": "def check(candidate):\n    assert helper(candidate(1)) == 1\n"}])
     for check in (Check("code", language="python", entry_point="f", tests=asserts),
+                  dataclasses.replace(ASSERTS, entry_point="f); import os #"),
                   Check("code", language="rust", entry_point="f", tests=TESTS),
                   Check("code", language="python", entry_point="f", tests=None)):
         found = verify_code(block("def f(x): return x"), check, sandbox)

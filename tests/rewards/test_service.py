@@ -70,6 +70,7 @@ def test_a_batch_of_all_kinds_comes_back_in_order(api):
     ({"items": [{**MATH, "refrence": "1"}]}, ["body", "items", 0, "refrence"], "Extra inputs"),
     ({"items": [MATH] * (MAX_ITEMS + 1)}, ["body", "items"], f"at most {MAX_ITEMS}"),
     ({"items": [KIND], "n_votes": 1000}, ["body", "n_votes"], "less than or equal to 64"),
+    ({"items": [KIND], "n_votes": True}, ["body", "n_votes"], "valid integer"),
 ])
 def test_what_is_wrong_with_a_request_is_named_by_place(api, body, where, what):
     answer = api.post("/v1/score", json=body)

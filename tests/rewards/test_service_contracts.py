@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import time
 import zlib
 
 import pytest
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from rewards.judge import Judge
 from rewards.registry import Verifier
+from rewards.service.answers import response_of
 from rewards.service.app import build_app
 from rewards.service.backend import LocalBackend
 
@@ -61,6 +63,29 @@ def test_openrlhf_labels_may_bring_a_check_of_their_own(api):
 def test_openrlhf_without_labels_is_told_the_option(api):
     answer = openrlhf(api, [r"\boxed{42}"], [""])
     assert answer.status_code == 422 and "label is empty" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("label", ['{"a":' * 10_000, '{"reference": NaN}', '{"reference": "\\ud800"}',
+                                   '{"\\ud800": 1}', '{"kind": "code", "tests": [{"stdin": "\\ud800"}]}'])
+def test_a_label_that_begins_like_an_object_and_is_none_is_refused(api, label):
+    answer = openrlhf(api, [r"\boxed{1}"], [label])
+    assert answer.status_code == 422 and "JSON object" in answer.json()["detail"]
+    assert openrlhf(api, [r"\boxed{\{1, 2\}}"], ["{1, 2}"]).json()["rewards"] == [1.0]
+
+
+def test_a_label_too_large_for_a_number_is_refused(api):
+    body = json.dumps({"prompt": "p", "response": r"\boxed{\infty}", "label": 7}).replace("7", "1e999")
+    assert api.post("/remote_rm", content=body, headers=JSON).status_code == 422
+
+
+@pytest.mark.parametrize(("transcript", "response"), [
+    ("hi<|im_end|>\n", "hi"), ("hi \n</s> <eos>", "hi"), ("hi \n", "hi \n"), ("</s>", ""), ("a</s>b", "a</s>b"),
+    ("x" + " " * 300_000 + "y", "x" + " " * 300_000 + "y"), ("hi" + "</s>\n" * 100_000, "hi"),
+])
+def test_end_tokens_are_taken_off_in_linear_time(transcript, response):
+    began = time.process_time()
+    assert response_of(transcript) == response
+    assert time.process_time() - began < 2
 
 
 def test_openrlhf_prompts_cut_on_the_left_do_not_hide_the_response(api):
@@ -224,6 +249,14 @@ def test_nemo_gym_unit_tests_run(api):
     assert nemo_gym(api, added, verifier_metadata={"unit_tests": calls}) == 0.0
     packed = base64.b64encode(zlib.compress(json.dumps(reads).encode())).decode()
     assert nemo_gym(api, program, unit_tests={"packed": packed, "fn_name": None}) == 1.0
+
+
+@pytest.mark.parametrize("output", [5, {"type": "message"}, ["text"], [{"type": "message", "content": "text"}], [
+    {"type": "message", "content": [{"type": "output_text", "text": None}]}]])
+def test_a_response_of_another_shape_is_refused_by_name(api, output):
+    answer = api.post("/verify", json={"responses_create_params": {}, "response": {"output": output},
+                                       "expected_answer": "1"})
+    assert answer.status_code == 422 and "response.output" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("tests", [
