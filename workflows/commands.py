@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 Isolation = Literal["bubblewrap", "rlimits"]
 ISOLATION = ("Of code under test; rlimits, for machines without namespaces, leaves it the network and every readable "
@@ -161,33 +162,48 @@ def _check_address(host: str, port: int, token: str | None) -> None:
         raise StageError(f"cannot listen at {host}:{port}: {error}; give another --host or --port") from None
 
 
-def _ray() -> AbstractContextManager[None]:
+def _ray(say: Callable[[str], None] = typer.echo) -> AbstractContextManager[None]:
     from pipeline.ray_session import ray_session
 
-    return ray_session("rewards", Path.cwd(), typer.echo)
+    return ray_session("rewards", Path.cwd(), say)
 
 
 def audit_rewards(
         reward: Annotated[str | None, typer.Option(help="module:function to audit in place of the project's own, in "
                                                         "TRL's form: f(prompts, completions, **columns)")] = None,
         family: Annotated[str | None, typer.Option(
-            help="Only math, code or sandbox; the last is left out for --reward unless named, for its programs attack "
-                 "the machine that runs them.")] = None,
-        compare: Annotated[bool, typer.Option(help="Also audit math-verify alone, TRL's accuracy reward and a naive "
-                                                   "code grader.")] = False,
+            help="Only this family: math, code, sandbox, judge or api. A reward of --reward is put before math and code "
+                 "unless another is named: the programs of sandbox attack the machine that runs them.")] = None,
+        judge: Annotated[Path | None, typer.Option(help="Checkpoint folder of a judge: put the family judge before it, "
+                                                        "in place of a scripted judge that believes all it reads.")
+                         ] = None,
+        compare: Annotated[bool, typer.Option(help="Also audit math-verify alone, TRL's accuracy reward, and a naive "
+                                                   "grader of code and one around the judge.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Every finding, for scripts.")] = False) -> None:
     """Which answers made to be paid does a reward pay, and which honest ones does it refuse?
 
     Exit code 1 when an exploit is paid, or more than 5 % of the honest twins are refused.
     """
+    from contextlib import ExitStack
+
+    from pipeline.stage import StageError
     from rewards.adversarial import audit
-    from rewards.adversarial.cases import all_cases
+    from rewards.adversarial.cases import FAMILIES, all_cases
+    from rewards.adversarial.credulous import VOTES, credulous_judge
+    from rewards.judge import Judge
     from rewards.registry import Verifier
     from rewards.sandbox import Limits, Sandbox
     from rewards.scoring import ScoringError
 
-    families = [family] if family else ["math", "code"] if reward else ["math", "code", "sandbox"]
-    cases = [case for case in audit.present(all_cases()) if case.family in families]
+    known = [name for name in FAMILIES if not (reward and name == "api")]
+    if judge and (reward or family not in (None, "judge")):
+        typer.echo("--judge: goes with the family judge alone, and not with --reward", err=True)
+        raise typer.Exit(2)
+    if family not in (None, *known):
+        typer.echo(f"--family: must be {', '.join(known)} (got {family})", err=True)
+        raise typer.Exit(2)
+    chosen = [family] if family else ["judge"] if judge else ["math", "code"] if reward else known
+    cases = [case for case in audit.present(all_cases()) if case.family in chosen]
     limits = Limits(cpu_seconds=1)
     found: dict[str, list[audit.Finding]] = {}
     try:
@@ -198,10 +214,20 @@ def audit_rewards(
             found["math-verify alone"] = audit.audit(cases, audit.math_verify_alone())
             found["TRL accuracy"] = audit.audit(cases, audit.trl_accuracy())
             found["naive code grader"] = audit.audit(cases, audit.naive_code(Sandbox(limits)))
-        if not reward:
-            with Verifier(limits=limits) as verifier:
+        with ExitStack() as opened:
+            asked = Judge(credulous_judge, VOTES)
+            if judge:
+                from workflows.serving import judge_settings
+
+                settings = judge_settings(judge)
+                opened.enter_context(_ray(lambda text: typer.echo(text, err=True)))
+                asked = settings()
+            if compare:
+                found["naive judge grader"] = audit.audit(cases, audit.naive_judge(asked.generate))
+            if not reward:
+                verifier = opened.enter_context(Verifier(asked, limits=limits))
                 found = {"posttrain": audit.audit(cases, audit.our_reward(verifier)), **found}
-    except ScoringError as error:
+    except (ScoringError, StageError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     rows = {name: audit.summary(findings) for name, findings in found.items()}
@@ -223,9 +249,12 @@ def audit_rewards(
 
 def _print_audit(rows: dict[str, dict[tuple[str, str], dict[str, int]]]) -> None:
     first = next(iter(rows.values()))
-    table = Table("family", "exploit", "cases", *rows, box=None, header_style="bold", pad_edge=False)
+    shown = {name: found for name, found in rows.items()
+             if found is first or any(row["told"] for row in found.values())}
+    fixed = (Column(name, no_wrap=True) for name in ("family", "exploit", "cases"))
+    table = Table(*fixed, *shown, box=None, header_style="bold", pad_edge=False)
     for (family, kind), row in first.items():
-        cells = [found[family, kind] for found in rows.values()]
+        cells = [found[family, kind] for found in shown.values()]
         table.add_row(family, kind, str(row["cases"]),
                       *(f"{cell['paid']} / {cell['refused']}" if cell["told"] else "-" for cell in cells),
                       style="bold" if kind == "all" else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -12,14 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.adversarial.api import Service
 from rewards.adversarial.cases import Case, named
 from rewards.extract import code_block
+from rewards.judge import Generate
 from rewards.languages import LANGUAGES
 from rewards.registry import Verifier
 from rewards.sandbox import Job, Sandbox
 from rewards.scoring import Item, ScoringError
 
 PAID = 0.5  # a score from here on counts as paid
+COLUMNS = ("reference", "tests", "language", "entry_point", "principles")  # what a reward in TRL's form is called with
 SECONDS, ADDRESS_BYTES = 10, 4 << 30  # of one answer before a reward that runs in this process
 Reward = Callable[[Sequence[tuple[Case, str]]], list[float | None]]
 """(case, completion) pairs -> a score each, None where it cannot tell."""
@@ -66,18 +70,22 @@ def present(cases: Sequence[Case]) -> list[Case]:
 
 
 def our_reward(verifier: Verifier) -> Reward:
-    """The project's own verifiers."""
+    """The project's own verifiers, and the service around them for the family "api"."""
+    service = Service(verifier)
+
     def reward(pairs: Sequence[tuple[Case, str]]) -> list[float | None]:
-        items = [Item(id="case", completion=completion, **case.check) for case, completion in pairs]
+        items = [Item(id="case", completion=completion, **case.check) for case, completion in pairs
+                 if case.family != "api"]
         verdicts = verifier.verify_batch([item.problem() for item in items], [item.completion for item in items])
-        return [verdict.score for verdict in verdicts]
+        scores = iter([verdict.score for verdict in verdicts])
+        return [service.ask(case, text) if case.family == "api" else next(scores) for case, text in pairs]
     return reward
 
 
 def users_reward(name: str) -> Reward:
     """A function `module:function` in TRL's form: f(prompts, completions, **columns) -> scores.
 
-    The columns are reference, tests, language and entry_point. Raises ScoringError when it cannot be imported.
+    The columns are COLUMNS. Raises ScoringError when it cannot be imported.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -86,7 +94,7 @@ def users_reward(name: str) -> Reward:
         raise ScoringError(f"--reward {name}: {error}; give it as module:function, importable from here") from None
 
     def score(case: Case, completion: str) -> float | None:
-        columns = {key: [case.check.get(key)] for key in ("reference", "tests", "language", "entry_point")}
+        columns = {key: [case.check.get(key)] for key in COLUMNS}
         return function(prompts=[case.check["prompt"]], completions=[completion], **columns)[0]
     return lambda pairs: [isolated(score, *pair) for pair in pairs]
 
@@ -128,6 +136,29 @@ def naive_code(sandbox: Sandbox) -> Reward:
             scores.append(float(outcome.status == "done" and outcome.runs[0]["exit"] == 0))
         return scores
     return reward
+
+
+def naive_judge(generate: Generate) -> Reward:
+    """What many graders around a judge do: the answer goes into the prompt as it is, and the first thing in the output
+    that looks like a verdict counts, wherever it stands.
+    """
+    def prompt(check: dict[str, Any], completion: str) -> str:
+        asked, given = "Judge the answer.", "\n".join(["Principles:", *check.get("principles", ())])
+        if check["kind"] == "match":
+            asked, given = "Match the answer with the reference.", f"Reference:\n{check['reference']}"
+        return f"{asked}\nTask: {check['prompt']}\n{given}\nAnswer:\n{completion}\nEnd of answer."
+
+    def reward(pairs: Sequence[tuple[Case, str]]) -> list[float | None]:
+        prompts = [prompt(case.check, completion) for case, completion in pairs if case.family == "judge"]
+        outputs = iter(generate([[{"role": "user", "content": text}] for text in prompts], 1, 0) if prompts else [])
+        return [_first_verdict(next(outputs)[0]) if case.family == "judge" else None for case, _ in pairs]
+    return reward
+
+
+def _first_verdict(output: str) -> float:
+    found = re.search(r"score\W*(\d+)|match:\W*(yes|no)|\[\[(a|b|yes|no|\d+)\]\]", output, re.IGNORECASE)
+    value = next((group for group in found.groups() if group), "no").lower() if found else "no"
+    return min(float(value) / 10, 1.0) if value.isdigit() else float(value in ("yes", "a"))
 
 
 def isolated(function: Callable[..., float | None], *arguments: Any) -> float | None:
