@@ -174,9 +174,9 @@ def audit_rewards(
         family: Annotated[str | None, typer.Option(
             help="Only this family: math, code, sandbox, judge or api. A reward of --reward is put before math and code "
                  "unless another is named: the programs of sandbox attack the machine that runs them.")] = None,
-        judge: Annotated[Path | None, typer.Option(help="Checkpoint folder of a judge: put the family judge before it, "
-                                                        "in place of a scripted judge that believes all it reads.")
-                         ] = None,
+        judge: Annotated[Path | None, typer.Option(
+            help="Checkpoint folder of a judge: put the family judge before it, in place of a scripted judge that "
+                 "believes all it reads.")] = None,
         compare: Annotated[bool, typer.Option(help="Also audit math-verify alone, TRL's accuracy reward, and a naive "
                                                    "grader of code and one around the judge.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Every finding, for scripts.")] = False) -> None:
