@@ -172,8 +172,8 @@ def audit_rewards(
         reward: Annotated[str | None, typer.Option(help="module:function to audit in place of the project's own, in "
                                                         "TRL's form: f(prompts, completions, **columns)")] = None,
         family: Annotated[str | None, typer.Option(
-            help="Only this family: math, code, sandbox, judge or api. A reward of --reward is put before math and code "
-                 "unless another is named: the programs of sandbox attack the machine that runs them.")] = None,
+            help="Only this family: math, code, sandbox, judge or api. A reward of --reward is put before math and "
+                 "code unless another is named: the programs of sandbox attack the machine that runs them.")] = None,
         judge: Annotated[Path | None, typer.Option(
             help="Checkpoint folder of a judge: put the family judge before it, in place of a scripted judge that "
                  "believes all it reads.")] = None,
