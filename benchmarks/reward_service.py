@@ -10,7 +10,6 @@ a result has another score than the right one (null, "cannot tell", is not false
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -28,8 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
-from rich.console import Console
-from rich.table import Table
+from figures import Row, report
 
 from rewards.adversarial.math import GOLD
 from rewards.client import RewardClient, ServiceUnreachable
@@ -37,7 +35,6 @@ from rewards.client import RewardClient, ServiceUnreachable
 RATE, BATCH = 300, 15  # math items a second, and in a request
 PORT = 8167
 Wanted = tuple[dict[str, Any], float]  # an item and its score
-Row = tuple[str, float, str]
 
 
 @contextmanager
@@ -227,13 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as root:
         rows = at_a_rate(4 if options.small else 60) + mixed(15 if options.small else options.seconds, root)
-    table = Table("what", "figure", "unit", box=None, header_style="bold", pad_edge=False)
-    for name, figure, unit in rows:
-        table.add_row(name, f"{figure:,.3g}" if figure < 100 else f"{figure:,.0f}", unit)
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps([{"what": name, "figure": figure, "unit": unit}
-                                            for name, figure, unit in rows], indent=2))
+    report(rows, options.json)
 
 
 if __name__ == "__main__":

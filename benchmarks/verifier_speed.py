@@ -14,16 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from figures import Row, report
 
 from pipeline.records import Check, Problem
 from rewards.adversarial.math import GOLD, cases
 from rewards.math import MathPool, verify_math
 from rewards.registry import Verifier
 from rewards.sandbox import PYTHON, Job, Sandbox
-
-Row = tuple[str, float, str]  # what was measured, the figure, its unit
 
 
 def rate(function: Callable[[], object], count: int) -> float:
@@ -114,13 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     small = options.small
     rows = [*numbers(50 if small else 20_000), *symbols(8 if small else 800), *hostile(1 if small else 3),
             *starts(3 if small else 60), *programs(8 if small else 400)]
-    table = Table("what", "figure", "unit", box=None, header_style="bold", pad_edge=False)
-    for name, figure, unit in rows:
-        table.add_row(name, f"{figure:,.3g}" if figure < 100 else f"{figure:,.0f}", unit)
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps([{"what": name, "figure": figure, "unit": unit}
-                                            for name, figure, unit in rows], indent=2))
+    report(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,9 @@ class Verdict:
                              "None goes with infra_error and abstain")
 
 
+JUDGED_KINDS = frozenset({"principles", "match"})  # no rule decides but a judge
+
+
 @dataclass(frozen=True)
 class Check:
     """How an answer to a problem is checked.
@@ -83,7 +86,7 @@ class Check:
     @property
     def judged(self) -> bool:
         """Whether no rule decides but a judge."""
-        return self.kind in ("principles", "match")
+        return self.kind in JUDGED_KINDS
 
 
 @dataclass(frozen=True)

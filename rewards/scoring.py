@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from pipeline.records import Check, Problem, Verdict, content_id
+from pipeline.records import JUDGED_KINDS, Check, Problem, Verdict, content_id
 from rewards.judge import Judgement
 from rewards.languages import LANGUAGES
 from rewards.registry import Verifier
@@ -21,7 +21,6 @@ MAX_TEXT = 1 << 20  # characters of a completion or prompt
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Principle = Annotated[str, StringConstraints(max_length=2000)]
 Kind = Literal["math", "exact", "code", "principles", "match"]
-JUDGED: frozenset[str] = frozenset({"principles", "match"})
 
 
 class ScoringError(ValueError):
@@ -84,8 +83,8 @@ class Result(BaseModel):
 
 def score(items: Sequence[Item], verifier: Verifier, n_votes: int | None = None) -> list[Result]:
     """A result per item, in order. Raises ScoringError for items of a judged kind when the verifier has no judge."""
-    judged = [item for item in items if item.kind in JUDGED]
-    ruled = [item for item in items if item.kind not in JUDGED]
+    judged = [item for item in items if item.kind in JUDGED_KINDS]
+    ruled = [item for item in items if item.kind not in JUDGED_KINDS]
     if judged and verifier.judge is None:
         raise ScoringError(f"item {judged[0].id!r} is of kind {judged[0].kind}, which needs a judge: --judge MODEL_DIR")
     verdicts = verifier.verify_batch([item.problem() for item in ruled], [item.completion for item in ruled])
@@ -93,7 +92,7 @@ def score(items: Sequence[Item], verifier: Verifier, n_votes: int | None = None)
     judgements = verifier.judge.judge([item.problem() for item in judged], [item.completion for item in judged],
                                       n_votes) if judged else []
     told = iter([_judged(item, judgement) for item, judgement in zip(judged, judgements, strict=True)])
-    return [next(told if item.kind in JUDGED else found) for item in items]
+    return [next(told if item.kind in JUDGED_KINDS else found) for item in items]
 
 
 def _result(item: Item, verdict: Verdict) -> Result:

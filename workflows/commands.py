@@ -43,16 +43,17 @@ def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to s
     """
     from contextlib import ExitStack
 
+    from pipeline.records import JUDGED_KINDS
     from pipeline.stage import StageError
     from rewards.registry import Verifier
     from rewards.sandbox import SandboxUnavailable
-    from rewards.scoring import JUDGED, ScoringError
+    from rewards.scoring import ScoringError
     from rewards.scoring_file import read_items, score_file
 
     try:
         with ExitStack() as opened:
             items = read_items(source)
-            needed = [item for item in items if item.kind in JUDGED]
+            needed = [item for item in items if item.kind in JUDGED_KINDS]
             if needed and judge is None:
                 raise ScoringError(f"item {needed[0].id!r} is of kind {needed[0].kind}, which needs a judge: "
                                    "--judge MODEL_DIR")
