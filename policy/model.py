@@ -23,6 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 from pipeline.records import Checkpoint
+from policy.kernels.experts import use_fast_experts
 from policy.presets import ROUTER_KEYS
 
 
@@ -95,7 +96,9 @@ def load_policy(folder: Path | str, dtype: str = "float32") -> PreTrainedModel:
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
     config = AutoConfig.from_pretrained(folder)
     cls = DeepseekV3WithMTP if config.model_type == "deepseek_v3" else AutoModelForCausalLM
-    return cls.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = cls.from_pretrained(folder, dtype=getattr(torch, dtype))
+    use_fast_experts(model)
+    return model
 
 
 def export_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

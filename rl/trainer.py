@@ -25,6 +25,8 @@ from trl import GRPOTrainer
 from pipeline.recipe import GrpoConfig
 from pipeline.records import Message, Problem, Rollout, Status, Verdict, content_id, write_table
 from pipeline.stage import StageError
+from policy.kernels.experts import use_fast_experts
+from policy.kernels.logprob import add_logprob_head
 from policy.training import PolicyTrainer
 from rl.engine import Generation, Request, RolloutEngine, Sampling
 from rl.sync import SyncProof, sync_weights
@@ -100,6 +102,9 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         # TRL wants reward functions; `_calculate_rewards` below answers in their place
         super().__init__(model=model, reward_funcs=[verified_reward], args=args, train_dataset=dataset,
                          processing_class=tokenizer)
+        for scored in filter(None, (self.model, self.ref_model)):
+            add_logprob_head(scored, self.temperature)
+            use_fast_experts(scored)
         if self.accelerator.num_processes > 1:
             raise StageError("rl: the GRPO trainer runs in one process; groups are dropped per process")
         # From here on TRL takes engine log-probs for what they are (importance correction, drift metrics). Set

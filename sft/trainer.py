@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.recipe import TrainConfig
 from pipeline.stage import Progress, StageError
+from policy.kernels.logprob import add_logprob_head
 from policy.model import load_policy, save_policy
 from policy.tokenizer import load_tokenizer
 from policy.training import PolicyTrainer, read_curve, torch_threads
@@ -31,6 +32,7 @@ class PackedSFTTrainer(PolicyTrainer, SFTTrainer):
     def __init__(self, *args: Any, config: TrainConfig, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.policy_config = config
+        add_logprob_head(self.model)
         self._last_hidden: torch.Tensor | None = None
         self.model.base_model.register_forward_hook(self._keep_hidden)
 
