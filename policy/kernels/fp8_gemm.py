@@ -19,7 +19,7 @@ def fprop(x: Quantized, w: Quantized, out_dtype: torch.dtype = torch.float32) ->
     """x w^T: tiles [m, k] and weight blocks [n, k] give [m, n]."""
     if runs_triton(x.values):
         from policy.kernels import triton_gemm
-        return triton_gemm.fprop(x, w, out_dtype)
+        return triton_gemm.fprop(x, _one(w), None, out_dtype)
     return (dequantize(x, TILES) @ dequantize(w, BLOCKS).T).to(out_dtype)
 
 
@@ -27,7 +27,7 @@ def dgrad(dy: Quantized, w: Quantized, out_dtype: torch.dtype = torch.float32) -
     """dy w, the gradient of the input: tiles [m, n] and weight blocks [n, k] give [m, k]."""
     if runs_triton(dy.values):
         from policy.kernels import triton_gemm
-        return triton_gemm.dgrad(dy, w, out_dtype)
+        return triton_gemm.dgrad(dy, _one(w), None, out_dtype)
     return (dequantize(dy, TILES) @ dequantize(w, BLOCKS)).to(out_dtype)
 
 
@@ -35,5 +35,10 @@ def wgrad(dy: Quantized, x: Quantized, out_dtype: torch.dtype = torch.float32) -
     """dy^T x, the gradient of the weight: columns [m, n] and columns [m, k] give [n, k]."""
     if runs_triton(dy.values):
         from policy.kernels import triton_gemm
-        return triton_gemm.wgrad(dy, x, out_dtype)
+        return triton_gemm.wgrad(dy, x, None, out_dtype)[0]
     return (dequantize(dy, COLUMNS).T @ dequantize(x, COLUMNS)).to(out_dtype)
+
+
+def _one(w: Quantized) -> Quantized:
+    """A weight [n, k] as the weights [1, n, k] of one group."""
+    return Quantized(w.values[None], w.scales[None])
