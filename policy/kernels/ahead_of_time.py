@@ -1,7 +1,8 @@
 """What a Triton kernel needs on a Hopper GPU, found without one: compile for sm_90a, ask ptxas.
 
 Says how many registers and how much shared memory a launch takes, whether registers spill to memory, and whether the
-matrix units are used at all (`wgmma`). Figures are those of the compiler; nothing runs.
+matrix units are used at all (`wgmma`). The launches are the library's own, made on meta tensors of real shapes: what is
+compiled is what a GPU would run, alignment and all. Figures are those of the compiler; nothing runs.
 """
 
 from __future__ import annotations
@@ -9,25 +10,24 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-
-HOPPER = GPUTarget("cuda", 90, 32)
+from triton.runtime import driver
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers a thread, bytes a thread spilled (stores and loads), shared memory a program in bytes, and the PTX."""
+    """Registers and spilled bytes (stores and loads) a thread, shared memory and warps a program, and the PTX."""
 
     registers: int
     spills: int
     shared_bytes: int
+    warps: int
     ptx: str
 
     @property
@@ -36,33 +36,49 @@ class Usage:
         return self.ptx.count("wgmma.mma_async")
 
 
-def aot_compile(fn, signature: Mapping[str, str], constexprs: Mapping[str, object],
-                options: Mapping[str, int]) -> Usage:
-    """Compile `fn` (a `triton.jit` function) for sm_90a as a launch with aligned pointers and sizes would.
+class _Hopper:
+    """Stands in for Triton's driver where there is no device: names the target, can run nothing."""
 
-    `signature` names the type of each argument that is no constant ("*fp8e4nv", "i32", "fp32"); pointers and integers
-    count as divisible by 16, as in the shapes of real models. `options` are num_warps and num_stages.
-    Raises TypeError in Triton's interpreter, which has no compiler.
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> str:
+        return "sm_90a"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compile_launches(call: Callable[[], object]) -> list[Usage]:
+    """Compile for sm_90a each kernel that `call` launches, in order, and launch none; give `call` meta tensors.
+
+    Raises TypeError in Triton's interpreter, which has no compiler. Not for use beside threads that launch kernels.
     """
-    if not isinstance(fn, triton.JITFunction):
-        raise TypeError(f"{fn} is not compiled in this process: unset TRITON_INTERPRET")
-    types = {name: signature.get(name, "constexpr") for name in fn.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"
-               or kind == "i32"}
-    source = ASTSource(fn, types, dict(constexprs), aligned)
-    compiled = triton.compile(source, target=HOPPER, options=dict(options))
+    if triton.knobs.runtime.interpret:
+        raise TypeError("kernels are interpreted in this process, not compiled: unset TRITON_INTERPRET")
+    compiled, run, active = [], triton.JITFunction.run, driver._active
+
+    def compile_only(kernel, *args, warmup, **options):
+        compiled.append(run(kernel, *args, warmup=True, **options))
+
+    triton.JITFunction.run = compile_only
+    driver.set_active(_Hopper())
+    try:
+        call()
+    finally:
+        triton.JITFunction.run = run
+        driver._active = active
+    return [_usage(kernel) for kernel in compiled]
+
+
+def _usage(compiled) -> Usage:
     ptx = compiled.asm["ptx"]
-    said = _ptxas(ptx)
-    registers = re.search(r"Used (\d+) registers", said)
-    spills = re.findall(r"(\d+) bytes spill", said)
-    if registers is None or not spills:
-        raise RuntimeError(f"ptxas said nothing about registers of {fn.__name__}: {said}")
-    return Usage(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, ptx)
-
-
-def _ptxas(ptx: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        words = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    if registers is None or not spills:
+        raise RuntimeError(f"ptxas said nothing about the registers of {compiled.metadata.name}: {said}")
+    return Usage(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, compiled.metadata.num_warps, ptx)

@@ -62,11 +62,15 @@ def quantize_columns(x: Tensor, power_of_two: bool = False) -> Quantized:
     return _quantize(x, COLUMNS, power_of_two)
 
 
-def quantize_dual(x: Tensor, power_of_two: bool = False) -> tuple[Quantized, Quantized]:
-    """Tiles and columns of x [m, k] from one reading of it: a gradient feeds both Dgrad and Wgrad."""
+def quantize_dual(x: Tensor, power_of_two: bool = False, rows: Tensor | None = None) -> tuple[Quantized, Quantized]:
+    """Tiles and columns of x [m, k] from one reading of it: a gradient feeds both Dgrad and Wgrad.
+
+    With `rows`, integers [s], of x[rows] [s, k]: tokens sorted by expert, without a copy of them in 16 bits.
+    """
     if runs_triton(x):
         from policy.kernels import triton_quantize
-        return triton_quantize.dual(x, power_of_two)
+        return triton_quantize.dual(x, power_of_two, rows)
+    x = x if rows is None else x[rows]
     return _quantize(x, TILES, power_of_two), _quantize(x, COLUMNS, power_of_two)
 
 
@@ -107,6 +111,7 @@ def dequantize(q: Quantized, block: tuple[int, int]) -> Tensor:
     return grid.flatten(-4, -3).flatten(-2, -1)[..., :q.values.shape[-2], :q.values.shape[-1]]
 
 
+@torch.no_grad()
 def _quantize(x: Tensor, block: tuple[int, int], power_of_two: bool) -> Quantized:
     grid = _grid(x.float(), block)  # [..., rows, block rows, columns, block columns]
     scales = grid.abs().amax((-3, -1), keepdim=True).clamp(min=EPS) / E4M3_MAX

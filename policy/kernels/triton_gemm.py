@@ -190,6 +190,4 @@ def wgrad(dy: Quantized | Tensor, x: Quantized | Tensor, offsets: Tensor | None,
 
 def _contiguous(values: Tensor, dim: int) -> Tensor:
     """`values` with dimension `dim`, the contraction, contiguous in memory: copied if it is not."""
-    if values.stride(dim) == 1:
-        return values
-    return values.transpose(dim, -1).contiguous().transpose(dim, -1) if dim != values.dim() - 1 else values.contiguous()
+    return values if values.stride(dim) == 1 else values.movedim(dim, -1).contiguous().movedim(-1, dim)

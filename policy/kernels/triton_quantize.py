@@ -99,7 +99,7 @@ def columns(x: Tensor, power_of_two: bool) -> Quantized:
     return _launch(x, x.shape[1], power_of_two, columns=True)[1]
 
 
-def dual(x: Tensor, power_of_two: bool, rows: Tensor | None = None) -> tuple[Quantized, Quantized]:
+def dual(x: Tensor, power_of_two: bool, rows: Tensor | None) -> tuple[Quantized, Quantized]:
     return _launch(x, x.shape[1], power_of_two, tiles=True, columns=True, rows=rows)
 
 

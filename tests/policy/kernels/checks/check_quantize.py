@@ -50,7 +50,7 @@ def test_bf16_and_strided_inputs_and_leading_dimensions(generator, device):
 
 def test_gathered_rows_are_quantised_as_if_they_lay_in_that_order(generator, device):
     x, rows = data((20, 130), generator, device), torch.randint(20, (140,), generator=generator).to(device)
-    for got, block in zip(triton_quantize.dual(x, False, rows=rows), (TILES, COLUMNS), strict=True):
+    for got, block in zip(quantize.quantize_dual(x, rows=rows), (TILES, COLUMNS), strict=True):
         same_bytes(got, _quantize(x[rows].cpu(), block, False))
 
 
