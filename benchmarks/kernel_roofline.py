@@ -75,12 +75,12 @@ def cases(device: str, tokens: int, experts: int) -> list[Case]:
     size, gathered = tokens * HIDDEN, rows * HIDDEN
     found = [
         Case("quantise tiles", lambda: triton_quantize.tiles(x, False), 3 * size),
-        Case("quantise columns", lambda: triton_quantize.columns(x, False), 3 * size),
+        Case("quantise columns", lambda: triton_quantize.columns(x, False, None), 3 * size),
         Case("quantise tiles + columns", lambda: triton_quantize.dual(x, False, None), 4 * size),
         Case("gather, quantise tiles + columns", lambda: triton_quantize.dual(x, False, chosen),
              2 * size + 2 * gathered),
         Case("quantise blocks", lambda: triton_quantize.blocks(x, False), 3 * size),
-        Case("cached tiles to columns", lambda: triton_quantize.tiles_to_columns(cached), 2 * size),
+        Case("cached tiles to columns", lambda: triton_quantize.tiles_to_columns(cached, None), 2 * size),
         Case("SwiGLU, quantise tiles", lambda: triton_quantize.swiglu(gate_up, False), rows * (2 * n + n // 2)),
         Case("RMSNorm, quantise tiles", lambda: triton_quantize.rmsnorm(x, x[0], 1e-6, False), 3 * size),
         Case("weighted un-permute", lambda: triton_permute.unpermute(spread, weights, order), 2 * size * (TOP_K + 1)),
@@ -147,7 +147,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(value if isinstance(value, str) else f"{value:,.4g}" for value in row.values()))
     where = torch.cuda.get_device_name() if on_gpu else "no GPU: compiled for sm_90a, not run"
-    console = Console()
+    console = Console(width=120)
     console.print(f"{tokens} tokens, {experts} local experts, hidden {HIDDEN}; {where}", table, sep="\n")
     if options.json:
         options.json.write_text(json.dumps({"where": where, "tokens": tokens, "experts": experts, "torch":

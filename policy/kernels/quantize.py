@@ -51,21 +51,22 @@ def quantize_blocks(w: Tensor, power_of_two: bool = False) -> Quantized:
     return _quantize(w, BLOCKS, power_of_two)
 
 
-def quantize_columns(x: Tensor, power_of_two: bool = False) -> Quantized:
+def quantize_columns(x: Tensor, power_of_two: bool = False, rows: Tensor | None = None) -> Quantized:
     """Quantise x [m, k] by 128x1 column pieces: scales [ceil(m / 128), k]. Both operands of Wgrad.
 
-    On a GPU the values are laid out with m contiguous, as the FP8 matrix units want the contraction.
+    With `rows`, integers [s], x[rows] is quantised without being written. On a GPU the values are laid out with m
+    contiguous, as the FP8 matrix units want the contraction.
     """
     if runs_triton(x):
         from policy.kernels import triton_quantize
-        return triton_quantize.columns(x, power_of_two)
-    return _quantize(x, COLUMNS, power_of_two)
+        return triton_quantize.columns(x, power_of_two, rows)
+    return _quantize(x if rows is None else x[rows], COLUMNS, power_of_two)
 
 
 def quantize_dual(x: Tensor, power_of_two: bool = False, rows: Tensor | None = None) -> tuple[Quantized, Quantized]:
     """Tiles and columns of x [m, k] from one reading of it: a gradient feeds both Dgrad and Wgrad.
 
-    With `rows`, integers [s], of x[rows] [s, k]: tokens sorted by expert, without a copy of them in 16 bits.
+    With `rows`, integers [s], of x[rows]: tokens sorted by expert, without a copy of them in 16 bits.
     """
     if runs_triton(x):
         from policy.kernels import triton_quantize
@@ -74,15 +75,16 @@ def quantize_dual(x: Tensor, power_of_two: bool = False, rows: Tensor | None = N
     return _quantize(x, TILES, power_of_two), _quantize(x, COLUMNS, power_of_two)
 
 
-def tiles_to_columns(tiles: Quantized) -> Quantized:
-    """Cut a cached activation [m, k] anew for Wgrad: columns with power-of-two scales of what the tiles hold.
+def tiles_to_columns(tiles: Quantized, rows: Tensor | None = None) -> Quantized:
+    """Cut a cached activation [m, k], or its `rows` [s], anew for Wgrad: columns with power-of-two scales.
 
     Costs nothing but underflow if the tiles have power-of-two scales, a second rounding otherwise.
     """
     if runs_triton(tiles.values):
         from policy.kernels import triton_quantize
-        return triton_quantize.tiles_to_columns(tiles)
-    return _quantize(dequantize(tiles, TILES), COLUMNS, power_of_two=True)
+        return triton_quantize.tiles_to_columns(tiles, rows)
+    wide = dequantize(tiles, TILES)
+    return _quantize(wide if rows is None else wide[rows], COLUMNS, power_of_two=True)
 
 
 def swiglu_quantize(gate_up: Tensor, power_of_two: bool = False) -> Quantized:

@@ -48,7 +48,7 @@ def quantize_kernel(x, rows, x_scales, values, scales, column_values, column_sca
         up = tl.load(pointers + k, mask=mask, other=0.0).to(tl.float32)
         wide = wide / (1.0 + tl.exp(-wide)) * up
     if RESCALE:
-        wide *= tl.load(x_scales + row * tl.num_programs(1) + block, mask=row_mask, other=0.0)[:, None]
+        wide *= tl.load(x_scales + source * tl.num_programs(1) + block, mask=row_mask, other=0.0)[:, None]
 
     target = (row.to(tl.int64) + matrix * m)[:, None] * k + col[None, :]
     if TILES:
@@ -95,16 +95,17 @@ def tiles(x: Tensor, power_of_two: bool) -> Quantized:
     return Quantized(tiled.values.view(x.shape), tiled.scales.view(*x.shape[:-1], -1))
 
 
-def columns(x: Tensor, power_of_two: bool) -> Quantized:
-    return _launch(x, x.shape[1], power_of_two, columns=True)[1]
+def columns(x: Tensor, power_of_two: bool, rows: Tensor | None) -> Quantized:
+    return _launch(x, x.shape[1], power_of_two, columns=True, rows=rows)[1]
 
 
 def dual(x: Tensor, power_of_two: bool, rows: Tensor | None) -> tuple[Quantized, Quantized]:
     return _launch(x, x.shape[1], power_of_two, tiles=True, columns=True, rows=rows)
 
 
-def tiles_to_columns(cached: Quantized) -> Quantized:
-    return _launch(cached.values, cached.values.shape[1], True, columns=True, x_scales=cached.scales)[1]
+def tiles_to_columns(cached: Quantized, rows: Tensor | None) -> Quantized:
+    return _launch(cached.values, cached.values.shape[1], True, columns=True, rows=rows,
+                   x_scales=cached.scales.contiguous())[1]
 
 
 def swiglu(gate_up: Tensor, power_of_two: bool) -> Quantized:

@@ -52,12 +52,17 @@ def test_gathered_rows_are_quantised_as_if_they_lay_in_that_order(generator, dev
     x, rows = data((20, 130), generator, device), torch.randint(20, (140,), generator=generator).to(device)
     for got, block in zip(quantize.quantize_dual(x, rows=rows), (TILES, COLUMNS), strict=True):
         same_bytes(got, _quantize(x[rows].cpu(), block, False))
+    same_bytes(quantize.quantize_columns(x, rows=rows), _quantize(x[rows].cpu(), COLUMNS, False))
 
 
 def test_cached_tiles_are_cut_into_columns(generator, device):
     tiles = quantize.quantize_tiles(data((130, 200), generator, device), power_of_two=True)
     expected = _quantize(dequantize(Quantized(tiles.values.cpu(), tiles.scales.cpu()), TILES), COLUMNS, True)
     same_bytes(quantize.tiles_to_columns(tiles), expected)
+    rows = torch.randint(130, (40,), generator=generator).to(device)
+    gathered = Quantized(tiles.values.view(torch.uint8)[rows].view(torch.float8_e4m3fn), tiles.scales[rows])
+    same_bytes(quantize.tiles_to_columns(tiles, rows), _quantize(
+        dequantize(Quantized(gathered.values.cpu(), gathered.scales.cpu()), TILES), COLUMNS, True))
 
 
 def test_rmsnorm_is_the_reference_s_byte_for_byte_where_its_sum_is_exact(generator, device, monkeypatch):
