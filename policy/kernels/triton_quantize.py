@@ -137,6 +137,12 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, power_of_two: bool) -> Quanti
     return Quantized(values.view(x.shape), scales.view(*x.shape[:-1], -1))
 
 
+def empty_columns(m: int, k: int, device: torch.device) -> Quantized:
+    """Columns [m, k] to be written: m contiguous, and each on a 16 byte boundary for the loads of Wgrad."""
+    padded = torch.empty(k, triton.cdiv(m, 16) * 16, dtype=torch.float8_e4m3fn, device=device)
+    return Quantized(padded[:, :m].T, torch.empty(triton.cdiv(m, BLOCK), k, device=device))
+
+
 def _launch(x: Tensor, k: int, power_of_two: bool, *, tiles: bool = False, columns: bool = False, swiglu: bool = False,
             rows: Tensor | None = None, x_scales: Tensor | None = None) -> tuple[Quantized | None, Quantized | None]:
     x = _row_major(x)
@@ -148,9 +154,7 @@ def _launch(x: Tensor, k: int, power_of_two: bool, *, tiles: bool = False, colum
         tiled = Quantized(torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device),
                           torch.empty(m, grid[1], device=x.device))
     if columns:
-        # m contiguous, and each column on a 16 byte boundary for the loads of Wgrad
-        padded = torch.empty(k, triton.cdiv(m, 16) * 16, dtype=torch.float8_e4m3fn, device=x.device)
-        column_wise = Quantized(padded[:, :m].T, torch.empty(grid[0], k, device=x.device))
+        column_wise = empty_columns(m, k, x.device)
     if m and k:
         quantize_kernel[grid](
             x, rows, x_scales, *(tiled or (None, None)), *(column_wise or (None, None)), m, k, x.stride(0),

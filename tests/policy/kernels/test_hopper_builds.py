@@ -18,6 +18,7 @@ BUDGET = {
     "quantise blocks": (112, 1),
     "cached tiles to columns": (128, 16),
     "SwiGLU, quantise tiles": (72, 1),
+    "SwiGLU backward, quantise all": (128, 16),
     "RMSNorm, quantise tiles": (72, 1),
     "weighted un-permute": (40, 1),
     "weighted un-permute backward": (40, 1),
