@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from policy.kernels import triton_gemm, triton_permute, triton_quantize, triton_swiglu
+from policy.kernels import triton_gemm, triton_logprob, triton_permute, triton_quantize, triton_swiglu
 from policy.kernels.ahead_of_time import compile_launches
 from policy.kernels.permute import Order
 from policy.kernels.quantize import Quantized
 
 PEAK = {"fp8": 1979e12, "bf16": 989e12}
 BANDWIDTH = 3.35e12
-HIDDEN, EXPERT_WIDTH, TOP_K = 7168, 2048, 8
+HIDDEN, EXPERT_WIDTH, TOP_K, VOCAB = 7168, 2048, 8, 129280
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,12 @@ def cases(device: str, tokens: int, experts: int) -> list[Case]:
             lambda: triton_gemm.fprop(u[:few], w, few_ends, bf16), 2)
     product("experts Dgrad", "bf16", rows, experts, lambda: triton_gemm.dgrad(v, w, ends, bf16), 2)
     product("experts Wgrad", "bf16", rows, experts, lambda: triton_gemm.wgrad(v, u, ends, fp32), 4)
+    head, targets, figures = randn(VOCAB, HIDDEN), chosen[:tokens], torch.rand(tokens, device=device)
+    logits, read = 2 * tokens * HIDDEN * VOCAB, 2 * (tokens + VOCAB) * HIDDEN
+    found += [
+        Case("log-probs + entropies", lambda: triton_logprob.statistics(x, head, targets, 1.0), read, logits),
+        Case("gradient of logits", lambda: triton_logprob.logit_gradient(
+            x, head, targets, figures, figures, figures, None, 1.0), read + 2 * tokens * VOCAB, logits)]
     return found
 
 
