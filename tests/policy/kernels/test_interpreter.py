@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 def run_checks(**environment: str) -> str:
     """Run checks/ in a child process and return what pytest printed; fails with it if a check fails."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, HERE.glob("checks/check_*.py"))]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(map(str, HERE.glob("checks/check_*.py")))]
     done = subprocess.run(words, cwd=HERE.parents[2], env={**os.environ, **environment}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-8000:]
@@ -21,4 +21,4 @@ def run_checks(**environment: str) -> str:
 def test_the_triton_sources_agree_with_their_references_in_the_interpreter():
     said = run_checks(TRITON_INTERPRET="1")
     passed = int(re.search(r"(\d+) passed", said)[1])
-    assert passed >= 30 and "skipped" not in said, said[-2000:]
+    assert passed >= 60 and "skipped" not in said, said[-2000:]

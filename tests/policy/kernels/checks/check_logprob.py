@@ -45,8 +45,9 @@ def test_gradients_of_logits_are_autograd_s(kinds, generator, device):
     assert (got - right).norm() < 1e-5 * right.norm()
 
 
-def test_outputs_are_wholly_written_and_none_beside_them(generator, device, monkeypatch):
+def test_outputs_are_wholly_written_and_nothing_beside_operands_and_outputs_is_touched(generator, device, monkeypatch):
     hidden, weight, targets = operands(torch.float32, generator, device, n=5, vocab=131)
+    hidden, weight = (torch.cat([value, torch.full_like(value[:2], torch.nan)])[:-2] for value in (hidden, weight))
     buffers, empty = [], torch.empty
 
     def poisoned(*shape, **kind):
