@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 
 def run_checks(**environment: str) -> str:
     """Run checks/ in a child process and return what pytest printed; fails with it if a check fails."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(map(str, HERE.glob("checks/check_*.py")))]
+    files = sorted(map(str, HERE.glob("checks/check_*.py")))
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(words, cwd=HERE.parents[2], env={**os.environ, **environment}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-8000:]
