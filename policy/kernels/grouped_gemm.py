@@ -21,8 +21,8 @@ Operand = Quantized | Tensor
 def fprop(x: Operand, w: Operand, offsets: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
     """x_e w_e^T for each expert e: rows (FP8 tiles) [s, k] and weights (FP8 blocks) [experts, n, k] give [s, n]."""
     if runs_triton(offsets):
-        from policy.kernels import triton_grouped_gemm
-        return triton_grouped_gemm.fprop(x, w, offsets, out_dtype)
+        from policy.kernels import triton_gemm
+        return triton_gemm.fprop(x, w, offsets, out_dtype)
     x, w = _wide(x, TILES), _wide(w, BLOCKS)
     out = x.new_empty(x.shape[0], w.shape[1], dtype=out_dtype)
     for expert, rows in enumerate(_groups(offsets)):
@@ -33,8 +33,8 @@ def fprop(x: Operand, w: Operand, offsets: Tensor, out_dtype: torch.dtype = torc
 def dgrad(dy: Operand, w: Operand, offsets: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
     """dy_e w_e, the gradient of the rows: (FP8 tiles) [s, n] and weights (FP8 blocks) [experts, n, k] give [s, k]."""
     if runs_triton(offsets):
-        from policy.kernels import triton_grouped_gemm
-        return triton_grouped_gemm.dgrad(dy, w, offsets, out_dtype)
+        from policy.kernels import triton_gemm
+        return triton_gemm.dgrad(dy, w, offsets, out_dtype)
     dy, w = _wide(dy, TILES), _wide(w, BLOCKS)
     out = dy.new_empty(dy.shape[0], w.shape[2], dtype=out_dtype)
     for expert, rows in enumerate(_groups(offsets)):
@@ -45,8 +45,8 @@ def dgrad(dy: Operand, w: Operand, offsets: Tensor, out_dtype: torch.dtype = tor
 def wgrad(dy: Operand, x: Operand, offsets: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
     """dy_e^T x_e, the gradient of the weights: (FP8 columns) [s, n] and [s, k] give [experts, n, k]; 0 if no rows."""
     if runs_triton(offsets):
-        from policy.kernels import triton_grouped_gemm
-        return triton_grouped_gemm.wgrad(dy, x, offsets, out_dtype)
+        from policy.kernels import triton_gemm
+        return triton_gemm.wgrad(dy, x, offsets, out_dtype)
     dy, x = _wide(dy, COLUMNS), _wide(x, COLUMNS)
     return torch.stack([(dy[rows].T @ x[rows]).to(out_dtype) for rows in _groups(offsets)])
 
