@@ -1,14 +1,15 @@
 """Log-probabilities of given tokens and the entropy, straight from hidden states, without [tokens, vocab] logits.
 
 Everything from the logits on is FP32, whatever the model's dtype: logits rounded to BF16 move log-probs by 1e-2.
-Logits exist for CHUNK tokens at a time and are computed again in the backward pass, so memory grows with the tokens and
-not with tokens x vocabulary. TRL has the same head for GPUs (`trl.trainer.utils.add_fused_lm_head`); without one it
-scores ignored positions too, and in tiles of 4096 tokens, which on a CPU costs several times the matrix products.
+Logits exist for a chunk of tokens at a time and are computed again in the backward pass, so memory does not grow with
+tokens x vocabulary. TRL's head (`trl.trainer.utils.add_fused_lm_head`) rounds logits to the model's dtype, and on a CPU
+it scores ignored positions too, in tiles of 4096 tokens that leave the cache.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import types
 
 import torch
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-CHUNK = 256  # tokens whose logits exist at a time
+from policy.kernels import runs_triton
+
+CPU_CHUNK, GPU_CHUNK = 256, 4096  # tokens whose logits exist at a time
 IGNORE = -100
 # config keys of models whose logits are more than the head's product
 CHANGE_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -36,22 +39,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         ctx.set_materialize_grads(False)  # entropy is mostly logged only
-        head = weight.float().t()
-        logprobs, normalizers, entropies = hidden.new_empty((3, len(hidden)), dtype=torch.float32).unbind()
-        is_mode = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        buffers = _buffers(hidden, weight, 2)
-        for rows in _chunks(len(hidden)):
-            logits, powers = (buffer[:rows.stop - rows.start] for buffer in buffers)
-            torch.mm(hidden[rows].float(), head, out=logits).div_(temperature)
-            top = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(1, targets[rows, None])
-            is_mode[rows] = (chosen == top)[:, 0]
-            torch.exp(logits.sub_(top), out=powers)
-            total = powers.sum(-1, keepdim=True)
-            log_total = total.log()
-            entropies[rows] = (log_total - powers.mul_(logits).sum(-1, keepdim=True) / total)[:, 0]
-            normalizers[rows] = (top + log_total)[:, 0]
-            logprobs[rows] = (chosen - top - log_total)[:, 0]
+        logprobs, normalizers, entropies, is_mode = _implementation(hidden).statistics(
+            hidden, weight, targets, temperature)
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(is_mode)
@@ -60,36 +49,70 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies, _grad_is_mode):
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
-        head = weight.float()
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        (buffer,) = _buffers(hidden, weight, 1)
-        for rows in _chunks(len(hidden)):
-            states, grad = hidden[rows].float(), buffer[:rows.stop - rows.start]
-            torch.mm(states, head.t(), out=grad).div_(ctx.temperature).sub_(normalizers[rows, None])
-            if grad_entropies is None:
-                # d logprob(target) / d logit = 1[target] - p
-                grad.exp_().mul_(-grad_logprobs[rows, None])
-            else:
-                # d entropy / d logit = -p (log p + entropy)
-                slope = (grad + entropies[rows, None]).mul_(-grad_entropies[rows, None])
-                grad.exp_().mul_(slope if grad_logprobs is None else slope.sub_(grad_logprobs[rows, None]))
-            if grad_logprobs is not None:
-                grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
-            grad.div_(ctx.temperature)
-            grad_hidden[rows] = grad @ head
-            if grad_head is not None:
-                grad_head.addmm_(grad.t(), states)
-        return grad_hidden, None if grad_head is None else grad_head.to(weight.dtype), None, None
+        logit_gradient, grad_hidden = _implementation(hidden).logit_gradient, torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in _chunks(hidden):
+            upstream = (None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropies))
+            grad = logit_gradient(hidden[rows], weight, targets[rows], normalizers[rows], entropies[rows], *upstream,
+                                  ctx.temperature)
+            grad_hidden[rows] = grad @ weight.to(grad.dtype)
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden[rows].to(grad.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK)]
+def _implementation(hidden: torch.Tensor) -> types.ModuleType:
+    """Where `statistics` and `logit_gradient` come from."""
+    if runs_triton(hidden):
+        from policy.kernels import triton_logprob
+
+        return triton_logprob
+    return sys.modules[__name__]
 
 
-def _buffers(hidden: torch.Tensor, weight: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Room for the logits of a chunk, taken once: fresh memory for each would cost more than the arithmetic on it."""
-    return [hidden.new_empty(min(len(hidden), CHUNK), len(weight), dtype=torch.float32) for _ in range(count)]
+def statistics(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs of `targets`, logsumexps and entropies, FP32 [tokens], and whether each target is the mode."""
+    head = weight.float().t()
+    logprobs, normalizers, entropies = hidden.new_empty((3, len(hidden)), dtype=torch.float32).unbind()
+    is_mode = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    # room for a chunk, taken once: fresh memory for each would cost more than the arithmetic on it
+    buffers = hidden.new_empty((2, min(len(hidden), CPU_CHUNK), len(weight)), dtype=torch.float32)
+    for rows in _chunks(hidden):
+        logits, powers = buffers[:, :rows.stop - rows.start]
+        torch.mm(hidden[rows].float(), head, out=logits).div_(temperature)
+        top = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(1, targets[rows, None])
+        is_mode[rows] = (chosen == top)[:, 0]
+        torch.exp(logits.sub_(top), out=powers)
+        total = powers.sum(-1, keepdim=True)
+        log_total = total.log()
+        entropies[rows] = (log_total - powers.mul_(logits).sum(-1, keepdim=True) / total)[:, 0]
+        normalizers[rows] = (top + log_total)[:, 0]
+        logprobs[rows] = (chosen - top - log_total)[:, 0]
+    return logprobs, normalizers, entropies, is_mode
+
+
+def logit_gradient(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, normalizers: torch.Tensor,
+                   entropies: torch.Tensor, d_logprobs: torch.Tensor | None, d_entropies: torch.Tensor | None,
+                   temperature: float) -> torch.Tensor:
+    """The gradient [tokens, vocab] of hidden @ weight.T, FP32; a gradient from above that is None counts as zeros."""
+    grad = (hidden.float() @ weight.float().t()).div_(temperature).sub_(normalizers[:, None])
+    if d_entropies is None:
+        # d logprob(target) / d logit = 1[target] - p
+        grad.exp_().mul_(-d_logprobs[:, None])
+    else:
+        # d entropy / d logit = -p (log p + entropy)
+        slope = (grad + entropies[:, None]).mul_(-d_entropies[:, None])
+        grad.exp_().mul_(slope if d_logprobs is None else slope.sub_(d_logprobs[:, None]))
+    if d_logprobs is not None:
+        grad.scatter_add_(1, targets[:, None], d_logprobs[:, None])
+    return grad.div_(temperature)
+
+
+def _chunks(hidden: torch.Tensor) -> list[slice]:
+    size = GPU_CHUNK if hidden.is_cuda else CPU_CHUNK
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
 
 
 def add_logprob_head(model: PreTrainedModel, temperature: float = 1.0) -> None:

@@ -24,7 +24,7 @@ def from_logits(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tokens", [1, 5, 30])
 def test_values_and_gradients_are_those_of_the_whole_logits(tokens, temperature, monkeypatch):
-    monkeypatch.setattr(logprob, "CHUNK", 8)
+    monkeypatch.setattr(logprob, "CPU_CHUNK", 8)
     hidden, weight, targets = head(tokens)
     expected = from_logits(hidden, weight, targets, temperature)
     found = linear_logprobs(hidden, weight, targets, temperature)
@@ -55,7 +55,7 @@ def test_bfloat16_states_give_log_probs_that_were_never_rounded_to_bfloat16():
 
 
 def test_the_head_returns_what_that_of_trl_does(monkeypatch):
-    monkeypatch.setattr(logprob, "CHUNK", 5)
+    monkeypatch.setattr(logprob, "CPU_CHUNK", 5)
     ids = torch.randint(40, 90, (2, 16), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[0, :9], labels[1, 12:] = IGNORE, IGNORE

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from policy.kernels import triton_logprob
+from policy.kernels.logprob import linear_logprobs
 
 
 def operands(dtype, generator, device, n=37, vocab=1300, width=80):
@@ -61,3 +62,15 @@ def test_outputs_are_wholly_written_and_nothing_beside_operands_and_outputs_is_t
     monkeypatch.undo()
     assert all(value.isfinite().all() for value in (logprobs, normalizers, entropies, grad))
     assert len(buffers) == 2 and all(buffer[-64:].isnan().all() for buffer in buffers)
+
+
+def test_the_head_trains_through_the_kernels(generator, device):
+    hidden, weight, targets = operands(torch.float32, generator, device, n=9, vocab=140)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logprobs, entropies, _ = linear_logprobs(hidden, weight, targets, 0.7)
+    found = torch.autograd.grad(logprobs.sum() + 0.3 * entropies.sum(), (hidden, weight))
+    right, entropy, _ = exact(hidden, weight, targets, 0.7)
+    for mine, theirs in zip(found, torch.autograd.grad(right.sum() + 0.3 * entropy.sum(), (hidden, weight)),
+                            strict=True):
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
