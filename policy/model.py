@@ -9,15 +9,20 @@ are written on save.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
@@ -25,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from pipeline.records import Checkpoint
 from policy.kernels.experts import use_fast_experts
 from policy.presets import ROUTER_KEYS
+from policy.shards import MANIFEST, manifest_digest, read_manifest, write_manifest, write_shards
 
 
 class MTPLayer(DeepseekV3DecoderLayer):
@@ -113,53 +119,40 @@ def export_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         yield name, tensor.contiguous()
 
 
+def mtp_copies(config: PreTrainedConfig) -> dict[str, str]:
+    """Names of the embedding and head stored with each MTP module -> the main model's tensors that they copy."""
+    if config.model_type != "deepseek_v3":
+        return {}
+    embedding = "model.embed_tokens.weight"
+    head = embedding if config.tie_word_embeddings else "lm_head.weight"
+    first = config.num_hidden_layers
+    return {f"model.layers.{layer}.{copy}.weight": original
+            for layer in range(first, first + config.num_nextn_predict_layers)
+            for copy, original in (("embed_tokens", embedding), ("shared_head.head", head))}
+
+
 def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> Checkpoint:
-    """Write a Hugging Face folder: weights, config with the routing keys, tokenizer, `tensors.json` checksums."""
+    """Write a Hugging Face folder: weights, config with the routing keys, tokenizer, the manifest `tensors.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.clone() for name, tensor in export_tensors(model)}
+    tensors = dict(export_tensors(model))
+    tensors |= {copy: tensors[original] for copy, original in mtp_copies(model.config).items()}
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [_hub_architecture(model)]
     if model.config.model_type == "deepseek_v3":
         config |= ROUTER_KEYS
         config["num_local_experts"] = config["n_routed_experts"]
-        if model.config.num_nextn_predict_layers:
-            layer = f"model.layers.{model.config.num_hidden_layers}"
-            tensors[f"{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-            tensors[f"{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    manifest = write_shards(folder, tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    checksums = {name: checksum(tensor) for name, tensor in sorted(tensors.items())}
-    (folder / "tensors.json").write_text(json.dumps(checksums, indent=0))
-    return Checkpoint(path=str(folder), digest=_digest(checksums))
+    write_manifest(folder / MANIFEST, manifest)  # last: who finds it finds a whole checkpoint
+    return Checkpoint(path=str(folder), digest=manifest_digest(manifest))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The identity of a checkpoint folder, from `tensors.json` or, for a foreign folder, from its weight files."""
-    listed = folder / "tensors.json"
-    if listed.exists():
-        return Checkpoint(path=str(folder), digest=_digest(json.loads(listed.read_text())))
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    if len(files) < 2:
-        raise FileNotFoundError(f"{folder}: no *.safetensors in this folder; give a Hugging Face model folder")
-    found = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            found |= {name: checksum(tensor) for name, tensor in load_file(file).items()}
-    return Checkpoint(path=str(folder), digest=_digest(found))
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """Hash of dtype, shape and bytes of one tensor."""
-    tensor = tensor.detach().cpu().contiguous()
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(head + tensor.view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _digest(checksums: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16]
+    """The identity of a checkpoint folder, from its manifest or, for a foreign folder, from its weight files."""
+    return Checkpoint(path=str(folder), digest=manifest_digest(read_manifest(folder)))
 
 
 def _hub_architecture(model: PreTrainedModel) -> str:

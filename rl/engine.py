@@ -106,7 +106,7 @@ class EngineActor:
         """Check what arrived against the sender's checksums, then load it and drop cached prefixes."""
         import torch
 
-        from policy.model import checksum
+        from policy.shards import checksum
 
         weights = []
         for (name, dtype, shape), data in zip(names, tensors, strict=True):
@@ -143,7 +143,7 @@ class EngineActor:
 
     def read_back(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
         """Checksums of the engine's own tensors, for those it holds under the same name and shape."""
-        from policy.model import checksum
+        from policy.shards import checksum
 
         def read(worker) -> dict[str, str]:
             model = worker.model_runner.get_model()

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.stage import StageError
-from policy.model import checksum, export_tensors, load_policy
+from policy.model import export_tensors, load_policy
+from policy.shards import checksum
 from rl.engine import RolloutEngine
 
 PROBE_LENGTHS = (24, 40, 56)

@@ -1,4 +1,4 @@
-"""Commands of `posttrain` about rewards alone, without a run: score, serve, audit."""
+"""Commands of `posttrain` that need no run: rewards alone (score, serve, audit) and checkpoints (convert)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 
 Isolation = Literal["bubblewrap", "rlimits"]
@@ -26,6 +34,8 @@ def register(app: typer.Typer) -> None:
         serve)
     app.command("audit-rewards", epilog="[cyan]posttrain audit-rewards --reward my_rewards:math_reward[/]")(
         audit_rewards)
+    app.command(epilog="[cyan]posttrain convert DeepSeek-V3-Base base-bf16 --to bfloat16[/]   for transformers\n\n"
+                       "[cyan]posttrain convert runs/v3/stages/export/*/checkpoint final --to fp8[/]   for vLLM")(convert)
 
 
 def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to score, a JSON object a line.")],
@@ -261,3 +271,27 @@ def _print_audit(rows: dict[str, dict[tuple[str, str], dict[str, int]]]) -> None
                       style="bold" if kind == "all" else None)
     typer.echo("exploits paid / honest twins refused; - where a reward has no word")
     Console().print(table)
+
+
+def convert(source: Annotated[Path, typer.Argument(help="Checkpoint folder of a DeepSeek-V3.", show_default=False)],
+            target: Annotated[Path, typer.Argument(help="New folder; written aside, renamed when it is whole.",
+                                                   show_default=False)],
+            to: Annotated[Literal["fp8", "bfloat16", "float32"], typer.Option(
+                help="fp8 is DeepSeek's layout, pairs of values and scales; the others are what transformers trains.")],
+            shard_gb: Annotated[float, typer.Option(min=0.001, help="Size of a weight file, in 10^9 bytes.")] = 5.0
+            ) -> None:
+    """Convert a checkpoint between FP8, BF16 and FP32, tensor by tensor; FP8 comes back byte for byte."""
+    from pipeline.stage import StageError
+    from policy.checkpoint import convert as convert_checkpoint
+
+    try:
+        with Progress(TextColumn("[bold]{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                      TimeRemainingColumn()) as bar:
+            task = bar.add_task("converted", total=None)
+            done = convert_checkpoint(source, target, to, int(shard_gb * 10**9),
+                                      lambda read, total: bar.update(task, completed=read, total=total))
+    except (StageError, FileNotFoundError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    pairs = f"; FP8 pairs: {done.kept} kept byte for byte, {done.made} quantised" if done.kept or done.made else ""
+    typer.echo(f"{done.tensors} tensors, {done.bytes / 10**6:,.1f} MB, in {target}, digest {done.digest}{pairs}")

@@ -14,7 +14,8 @@ from distill.prompts import prompt_key
 from pipeline.recipe_file import load_recipe
 from pipeline.records import Problem, Rollout, Sample, read_table
 from pipeline.workflow_lookup import find_recipe, load_stages
-from policy.model import checksum, read_checkpoint
+from policy.model import read_checkpoint
+from policy.shards import TensorRecord, read_manifest
 
 RECIPE = load_recipe(find_recipe("smoke"))
 DOMAINS = set(RECIPE.domains)
@@ -242,6 +243,6 @@ def test_generation_ran_on_the_weights_it_names(smoke_run):
 def test_the_exported_checkpoint_is_the_one_that_rl_ended_with(smoke_run):
     exported = artifact(smoke_run.run_dir, "export") / "checkpoint"
     assert read_checkpoint(exported).digest == read_checkpoint(artifact(smoke_run.run_dir, "rl") / "checkpoint").digest
-    listed = json.loads((exported / "tensors.json").read_text())
-    assert {name: checksum(tensor) for name, tensor in load_file(exported / "model.safetensors").items()} == listed
+    weights = load_file(exported / "model.safetensors")
+    assert {name: TensorRecord.of(tensor) for name, tensor in weights.items()} == read_manifest(exported)
     assert read_checkpoint(exported).digest != read_checkpoint(artifact(smoke_run.run_dir, "sft") / "checkpoint").digest

@@ -12,7 +12,8 @@ from tiny_models import VOCAB
 from transformers import PreTrainedModel
 
 from pipeline.records import Check, Problem, Status, Verdict
-from policy.model import checksum, export_tensors, load_policy
+from policy.model import export_tensors, load_policy
+from policy.shards import checksum
 from rl.engine import Generation, Request, Sampling
 from rl.trainer import Prompt, Score
 

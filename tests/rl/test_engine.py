@@ -12,7 +12,8 @@ from tiny_models import save_tiny, scatter_biases, tiny_policy, tiny_tokenizer
 
 from pipeline.recipe import EngineConfig
 from pipeline.stage import StageError
-from policy.model import checksum, export_tensors, save_policy
+from policy.model import export_tensors, save_policy
+from policy.shards import checksum
 from rl.engine import Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
 from rl.sync import PROBE_LENGTHS, _is_mtp, _prove, logprob_error, prove_checkpoint, sync_weights
 
