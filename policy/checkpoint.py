@@ -232,7 +232,7 @@ def _check_complete(source: Path, stored: dict[str, StoredTensor], config: Deeps
     there = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALE)}
     if missing := [name for name in expected if name not in there]:
         mtp = f"model.layers.{config.num_hidden_layers}."
-        remedy = "copy or download the shards that lack"
+        remedy = "copy or download the shards that hold them"
         if all(name.startswith(mtp) for name in missing):
             remedy = ("they are the multi-token prediction module, which transformers drops when it saves: take them "
                       "from the checkpoint it was trained from, or set num_nextn_predict_layers to 0 in config.json")

@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command("audit-rewards", epilog="[cyan]posttrain audit-rewards --reward my_rewards:math_reward[/]")(
         audit_rewards)
     app.command(epilog="[cyan]posttrain convert DeepSeek-V3-Base base-bf16 --to bfloat16[/]   for transformers\n\n"
-                       "[cyan]posttrain convert runs/v3/stages/export/*/checkpoint final --to fp8[/]   for vLLM")(convert)
+                       "[cyan]posttrain convert runs/v3/stages/rl/*/checkpoint final --to fp8[/]   for vLLM")(convert)
 
 
 def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to score, a JSON object a line.")],
