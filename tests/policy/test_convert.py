@@ -16,13 +16,14 @@ import typer
 from posttrain_command import COMMAND, environment
 from safetensors.torch import load_file, save_file
 from tiny_models import scatter_biases, tiny_tokenizer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config
 
 from pipeline.stage import StageError
-from policy.checkpoint import convert, expected_tensors
+from policy.checkpoint import convert
 from policy.fp8_pairs import QUANTISED, SCALE
 from policy.model import load_policy, new_policy, read_checkpoint, save_policy
 from policy.presets import tiny_config
+from policy.released_layout import expected_tensors
 from policy.shards import INDEX, Layout, ShardWriter, TensorRecord, read_manifest, stored_tensors
 from workflows.commands import convert as convert_command
 
@@ -438,7 +439,8 @@ def large(wide):
     with ShardWriter(folder, layout, 20_000_000) as writer:
         for name, item in layout.items():
             values = torch.randint(0, 126, (item.bytes,), generator=generator, dtype=torch.uint8)
-            writer.write(name, values.view(item.dtype).view(item.shape))
+            scaled = name.endswith(SCALE)
+            writer.write(name, torch.ones(item.shape) if scaled else values.view(item.dtype).view(item.shape))
     config.save_pretrained(folder)
     return folder
 
@@ -465,7 +467,7 @@ def test_memory_holds_a_few_tensors_and_not_a_model(wide, large, tmp_path):
                           env=environment())
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "second").glob("*.safetensors"))) > 5
-    assert float(done.stdout) < 40  # MiB, for 150 MB read and 300 MB written
+    assert float(done.stdout) < 20  # MiB, for 150 MB read and 300 MB written
 
 
 def test_a_kill_leaves_nothing_at_the_target_and_the_same_command_works(large, tmp_path, capsys):
@@ -488,14 +490,3 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         convert_command(tmp_path, tmp_path / "target", "fp8")
     assert ended.value.exit_code == 1
     assert capsys.readouterr().err == f"{tmp_path}: no config.json; give a Hugging Face model folder\n"
-
-
-def test_the_logits_of_a_widened_checkpoint_are_those_of_its_products(wide, tmp_path):
-    """The trainer and transformers' own class on FP32 and BF16 made of FP8, next to the weights computed by hand."""
-    fp8 = converted(wide, tmp_path, "fp8")
-    ids = torch.arange(40, 72).view(2, 16)
-    for to in ("float32", "bfloat16"):
-        folder = converted(fp8, tmp_path / to, to)
-        ours, theirs = load_policy(folder, to).eval(), DeepseekV3ForCausalLM.from_pretrained(folder, dtype=to).eval()
-        with torch.no_grad():
-            assert torch.equal(ours(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)
