@@ -292,6 +292,17 @@ def test_a_writer_refuses_what_the_layout_does_not_say(tmp_path):
             writer.write("a", torch.zeros(2, 3))
 
 
+def test_tensors_of_any_size_lie_where_a_reader_can_map_them(tmp_path):
+    """Readers map a file, and want each tensor at a multiple of its item size."""
+    tensors = {"a": torch.ones(3).to(FP8), "b": torch.arange(2.0), "c": torch.ones(1, dtype=BF16), "d": torch.ones(1)}
+    with ShardWriter(tmp_path, {name: Layout(t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
+    for name, stored in stored_tensors(tmp_path).items():
+        tensor = stored.read()
+        assert bytes_of(tensor) == bytes_of(tensors[name]) and tensor.data_ptr() % tensor.itemsize == 0
+
+
 # what is refused
 
 
