@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from posttrain_command import COMMAND, environment
+from posttrain_command import environment
 from safetensors.torch import load_file, save_file
 from tiny_models import scatter_biases, tiny_tokenizer
 from transformers import DeepseekV3Config
@@ -456,7 +456,7 @@ def large(wide):
     return folder
 
 
-MEMORY_SCRIPT = """
+SCRIPT = """
 import re, sys
 from pathlib import Path
 from policy.checkpoint import convert
@@ -464,36 +464,44 @@ from policy.checkpoint import convert
 def status(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
-first, second, target = map(Path, sys.argv[1:])
-convert(first, target / "first", "fp8")  # whatever is loaded on first use
+small, large, target = map(Path, sys.argv[1:])
+convert(small, target / "small", "fp8")  # whatever is loaded on first use
 Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
 before = status("VmRSS")
-convert(second, target / "second", "bfloat16", 40_000_000)
-print(status("VmHWM") - before)
+convert(large, target / "large", "bfloat16", 40_000_000)
+print(status("VmHWM") - before, flush=True)
+convert(large, target / "killed", "bfloat16", 20_000_000)
 """
 
 
-def test_memory_holds_a_few_tensors_and_not_a_model(wide, large, tmp_path):
-    done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, wide, large, tmp_path], capture_output=True, text=True,
-                          env=environment())
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "second").glob("*.safetensors"))) > 5
-    assert float(done.stdout) < 20  # MiB, for 150 MB read and 300 MB written
-
-
-def test_a_kill_leaves_nothing_at_the_target_and_the_same_command_works(large, tmp_path, capsys):
-    words = [*COMMAND, "convert", str(large), "target", "--to", "bfloat16", "--shard-gb", "0.02"]
-    running = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
-    while len(list(tmp_path.glob(".target.partial/*.safetensors"))) < 4:
+@pytest.fixture(scope="module")
+def converter(wide, large, tmp_path_factory):
+    """The folder where a process converted the large checkpoint, and was killed the second time; MiB it took."""
+    root = tmp_path_factory.mktemp("process")
+    running = subprocess.Popen([sys.executable, "-c", SCRIPT, wide, large, root], env=environment(), text=True,
+                               stdout=subprocess.PIPE)
+    grown = float(running.stdout.readline())
+    while len(list(root.glob(".killed.partial/*.safetensors"))) < 4:
         assert running.poll() is None
         time.sleep(0.01)
     running.kill()
-    running.wait()
-    assert not (tmp_path / "target").exists() and (tmp_path / ".target.partial").exists()
-    convert_command(large, tmp_path / "target", "bfloat16")
+    running.communicate()
+    return root, grown
+
+
+def test_memory_holds_a_few_tensors_and_not_a_model(converter):
+    root, grown = converter
+    assert len(list((root / "large").glob("*.safetensors"))) > 5
+    assert grown < 20  # MiB, for 150 MB read and 300 MB written
+
+
+def test_a_kill_leaves_nothing_at_the_target_and_the_same_command_works(converter, large, capsys):
+    root, _ = converter
+    assert not (root / "killed").exists() and list((root / ".killed.partial").glob("*.safetensors"))
+    convert_command(large, root / "killed", "bfloat16")
     assert "kept byte for byte, 0 quantised" in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert "float8_e4m3fn" not in (tmp_path / "target/tensors.json").read_text()
+    assert sorted(path.name for path in root.iterdir()) == ["killed", "large", "small"]
+    assert read_checkpoint(root / "killed").digest == read_checkpoint(root / "large").digest
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
