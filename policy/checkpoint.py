@@ -131,11 +131,10 @@ class _Job:
             nonlocal done
             stored = self.stored[name]
             tensor = stored.read()
-            key = name if stored.part else stored.key
-            read[key] = TensorRecord.of(tensor)
-            if key in listed and listed[key] != read[key]:
-                raise StageError(f"{stored.file}: {key} is not what {MANIFEST} lists; it is damaged, or was changed by "
-                                 f"another program: copy it again, or remove {MANIFEST} to take it as it is")
+            read[stored.key] = TensorRecord.of(tensor)
+            if listed.get(stored.key, read[stored.key]) != read[stored.key]:
+                raise StageError(f"{stored.file}: {stored.key} is not what {MANIFEST} lists; it is damaged, or was "
+                                 f"changed by another program: copy it again, or remove {MANIFEST} to take it as it is")
             done += stored.layout.bytes
             on_bytes(done, total)
             return tensor

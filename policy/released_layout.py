@@ -35,13 +35,11 @@ def unfused(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
             found[name] = tensor
             continue
         experts, rows, columns = tensor.layout.shape
-        cuts: dict[str, slice] = {"down_proj": slice(0, rows)}
-        if last == "gate_up_proj":
-            cuts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
-        for expert in range(experts):
-            for projection, cut in cuts.items():
-                layout = Layout(tensor.layout.dtype, (cut.stop - cut.start, columns))
-                found[f"{prefix}.{expert}.{projection}.weight"] = StoredTensor(tensor.file, name, layout, (expert, cut))
+        projections = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        part = Layout(tensor.layout.dtype, (rows // len(projections), columns))
+        keys = [f"{prefix}.{expert}.{projection}.weight" for expert in range(experts) for projection in projections]
+        for number, key in enumerate(keys):
+            found[key] = StoredTensor(tensor.file, key, part, tensor.offset + number * part.bytes)
     return found
 
 
@@ -50,7 +48,8 @@ def check_complete(source: Path, stored: dict[str, StoredTensor], config: Deepse
     expected = expected_tensors(config)
     there = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALE)}
     if missing := [name for name in expected if name not in there]:
-        mtp = f"model.layers.{config.num_hidden_layers}."
+        first = config.num_hidden_layers
+        mtp = tuple(f"model.layers.{layer}." for layer in range(first, first + config.num_nextn_predict_layers))
         remedy = "copy or download the shards that hold them"
         if all(name.startswith(mtp) for name in missing):
             remedy = ("they are the multi-token prediction module, which transformers drops when it saves: take them "

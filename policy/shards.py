@@ -58,17 +58,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: a tensor of a file, or the `part` of one that indexes its first dimensions."""
+    """Where a tensor lies: from `offset` on in a file. `key` is its own name, whatever name it is used under."""
 
     file: Path
     key: str
     layout: Layout
-    part: tuple[int | slice, ...] = ()
+    offset: int
 
     def read(self) -> torch.Tensor:
-        """The tensor. The file is mapped only while the tensor lives."""
-        with safe_open(self.file, framework="pt") as opened:
-            return opened.get_slice(self.key)[self.part] if self.part else opened.get_tensor(self.key)
+        """The tensor, in memory of its own; a mapped file would stay in memory with all that was read of it."""
+        held = bytearray(self.layout.bytes)
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            file.readinto(held)
+        return torch.frombuffer(held, dtype=self.layout.dtype).view(self.layout.shape)
 
 
 def checksum(tensor: torch.Tensor) -> str:
@@ -138,15 +141,19 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_header(file: Path) -> Iterator[StoredTensor]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.offset_keys():
-                view = opened.get_slice(name)
-                code, shape = view.get_dtype(), tuple(view.get_shape())
-                if code not in DTYPES:
-                    raise StageError(f"{file}: {name} is {code}; known are {', '.join(DTYPES)}")
-                yield StoredTensor(file, name, Layout(DTYPES[code], shape))
+        with safe_open(file, framework="pt"):
+            pass  # checks that names, shapes, offsets and the file's size fit together
     except SafetensorError as error:
         raise StageError(f"{file}: {error}. The file is cut short or damaged; copy or download it again") from None
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise StageError(f"{file}: {name} is {entry['dtype']}; known are {', '.join(DTYPES)}")
+        layout = Layout(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        yield StoredTensor(file, name, layout, 8 + length + entry["data_offsets"][0])
 
 
 class ShardWriter:
