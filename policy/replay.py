@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from policy.kernels.router import choose
-from policy.router import Router
+from policy.router import Router, main_routers
 
 OWN = -1  # in place of an expert: the token chooses for itself
 
@@ -30,9 +30,7 @@ class RouteReplay:
     """
 
     def __init__(self, model: PreTrainedModel):
-        layers = getattr(model.base_model, "layers", [])[:model.config.num_hidden_layers]
-        routers = {index: layer.mlp.gate for index, layer in enumerate(layers)
-                   if isinstance(getattr(getattr(layer, "mlp", None), "gate", None), Router)}
+        routers = main_routers(model)
         if not routers:
             raise ValueError(f"routing replay: {type(model).__name__} ({model.config.model_type}) has no routers whose "
                              "routes could be replayed; set routing_replay: false")

@@ -42,3 +42,10 @@ def take_own_routers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module) is DeepseekV3TopkRouter:
             module.__class__ = Router
+
+
+def main_routers(model: PreTrainedModel) -> dict[int, Router]:
+    """The routers of the main model by layer, the multi-token-prediction module's left out; {} for a dense model."""
+    layers = getattr(model.base_model, "layers", [])[:model.config.num_hidden_layers]
+    return {index: layer.mlp.gate for index, layer in enumerate(layers)
+            if isinstance(getattr(getattr(layer, "mlp", None), "gate", None), Router)}

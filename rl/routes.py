@@ -31,8 +31,8 @@ def engine_routes(rows: Sequence[tuple[Sequence[int], Generation]], prompt_width
         if found is None or found.shape[0] != tokens or found.shape[1] <= max(layers) or found.shape[2] != top_k:
             raise StageError(
                 f"rl: the engine returned routes of shape {None if found is None else found.shape} for {tokens} "
-                f"tokens, layers {layers[0]} to {layers[-1]}, {top_k} experts a token; this vLLM lays them out otherwise. "
-                "Set engine.return_routes: false to have the trainer recompute them")
+                f"tokens, layers {layers[0]} to {layers[-1]}, {top_k} experts a token; this vLLM lays them out "
+                "otherwise. Set engine.return_routes: false to have the trainer recompute them")
         begin = prompt_width - len(prompt)
         batch[row, begin:begin + tokens] = torch.from_numpy(found[:, list(layers)].astype("int16"))
     return batch
