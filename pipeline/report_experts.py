@@ -38,7 +38,7 @@ def _by_domain(run: RunView) -> str:
             f"mean. Clear is none, solid is {FULL:g} times the mean and more.")
     note += f" {len(shown)} of {len(layers)} layers are drawn." if len(shown) < len(layers) else ""
     return tag("h3", "Which experts each domain uses") + tag("p", text(note), class_="note") + \
-        tag("div", *panels, class_="panels")
+        tag("div", *panels, class_="panels small")
 
 
 def _training(run: RunView) -> str:
