@@ -21,14 +21,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from policy.kernels import triton_gemm, triton_logprob, triton_permute, triton_quantize, triton_swiglu
+from policy.kernels import (
+    triton_gemm,
+    triton_logprob,
+    triton_permute,
+    triton_quantize,
+    triton_router,
+    triton_swiglu,
+)
 from policy.kernels.ahead_of_time import compile_launches
 from policy.kernels.permute import Order
 from policy.kernels.quantize import Quantized
 
 PEAK = {"fp8": 1979e12, "bf16": 989e12}
 BANDWIDTH = 3.35e12
-HIDDEN, EXPERT_WIDTH, TOP_K, VOCAB = 7168, 2048, 8, 129280
+HIDDEN, EXPERT_WIDTH, ROUTED, TOP_K, VOCAB = 7168, 2048, 256, 8, 129280
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,14 @@ def cases(device: str, tokens: int, experts: int) -> list[Case]:
     product("experts Dgrad", "bf16", rows, experts, lambda: triton_gemm.dgrad(v, w, ends, bf16), 2)
     product("experts Wgrad", "bf16", rows, experts, lambda: triton_gemm.wgrad(v, u, ends, fp32), 4)
     head, targets, figures = randn(VOCAB, HIDDEN), chosen[:tokens], torch.rand(tokens, device=device)
+    scores, bias = torch.rand(tokens, ROUTED, device=device), torch.rand(ROUTED, device=device)
+    replayed = torch.randint(ROUTED, (tokens, TOP_K), device=device)
     logits, read = 2 * tokens * HIDDEN * VOCAB, 2 * (tokens + VOCAB) * HIDDEN
     found += [
+        Case("router", lambda: triton_router.launch(scores, bias, 8, 4, TOP_K, 2.5, True, None),
+             4 * tokens * (ROUTED + 3 * TOP_K)),
+        Case("router, replay", lambda: triton_router.launch(scores, bias, 8, 4, TOP_K, 2.5, True, replayed),
+             4 * tokens * (ROUTED + 5 * TOP_K)),
         Case("log-probs + entropies", lambda: triton_logprob.statistics(x, head, targets, 1.0), read, logits),
         Case("gradient of logits", lambda: triton_logprob.logit_gradient(
             x, head, targets, figures, figures, figures, None, 1.0), read + 2 * tokens * VOCAB, logits)]

@@ -189,6 +189,8 @@ class GrpoConfig(Section):
     rewards: RewardWeights = RewardWeights()
     self_votes: PositiveInt = Field(1, description="votes of the policy's own start, where it is the judge")
     bias_gamma: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the balance bias is frozen in RL")
+    routing_replay: bool = Field(False, description="gradient passes send each token to the experts of its rollout; "
+                                 "for mixtures of experts alone")
     max_grad_norm: PositiveFloat = 1.0
     reference_steps: PositiveInt = Field(400, description="steps after which the KL reference is replaced")
     importance_cap: PositiveFloat = Field(2.0, description="cap of the trainer/engine importance ratio (TIS)")
@@ -205,6 +207,9 @@ class GrpoConfig(Section):
         if batch // self.mini_batches % self.device_batch:
             raise ValueError(f"device_batch must divide prompts_per_step x group_size / mini_batches "
                              f"(got {self.device_batch} and {batch // self.mini_batches})")
+        if self.routing_replay and self.bias_gamma:
+            raise ValueError(f"bias_gamma {self.bias_gamma:g} with routing_replay: a replayed load does not answer to "
+                             "the bias; set bias_gamma: 0 or routing_replay: false")
         return self
 
 
@@ -284,6 +289,8 @@ class EngineConfig(Section):
     max_sequences: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
     gpus: Annotated[float, Field(ge=0)] = 0
+    return_routes: bool = Field(False, description="routing replay takes the engine's own routes, which only vLLM's "
+                                "GPU model runner returns; elsewhere the trainer recomputes them at the same weights")
     probe_checkpoints: bool = Field(True, description="compare log-probs with transformers after each load from disk; "
                                     "turn off for models that do not fit beside the engine")
     max_logprob_error: PositiveFloat = Field(1e-4, description="proof bound after each sync; 0.1 suits bfloat16")
@@ -292,6 +299,9 @@ class EngineConfig(Section):
     def _consistent(self) -> EngineConfig:
         if self.tensor_parallel > 1 and self.gpus < self.tensor_parallel:
             raise ValueError(f"tensor_parallel {self.tensor_parallel} needs as many gpus (got {self.gpus:g})")
+        if self.return_routes and not self.gpus:
+            raise ValueError("return_routes needs gpus (got 0): the CPU back end returns no routes; leave it out, and "
+                             "the trainer recomputes them")
         return self
 
 
@@ -330,6 +340,9 @@ class Recipe(Section):
                                self.domains.values() if domain.judged == "principles")):
             if length > self.model.max_length:
                 raise ValueError(f"{path} {length} is above model.max_length {self.model.max_length}")
+        if self.engine.return_routes and not (self.rl.routing_replay or self.expert.rl.routing_replay):
+            raise ValueError("engine.return_routes is for rl.routing_replay or expert.rl.routing_replay, and both are "
+                             "false; set one, or leave engine.return_routes out")
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
         if self.model.dtype == "bfloat16" and self.engine.max_logprob_error < BFLOAT16_ERROR:

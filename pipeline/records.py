@@ -148,6 +148,8 @@ class Rollout:
     parts: dict[str, float | None]  # what the reward is the weighted sum of; accuracy is None where it is
     advantage: float | None
     verdict: Verdict
+    # int16 [prompt + completion - 1, layers, top_k], the experts each token went to; None where the engine cannot say
+    routes: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ SCHEMAS: dict[type, pa.Schema] = {
                         ("logprobs", pa.list_(pa.float32())), ("policy_version", pa.int64()),
                         ("text", pa.string()), ("reward", pa.float64()), ("parts", _PARTS),
                         ("advantage", pa.float64()),
-                        ("verdict", _VERDICT)]),
+                        ("verdict", _VERDICT), ("routes", pa.binary())]),
 }
 
 T = TypeVar("T", Problem, Sample, Rollout)

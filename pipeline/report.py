@@ -17,6 +17,7 @@ from pipeline.graph import DONE, RUNNING
 from pipeline.progress import duration, read_progress
 from pipeline.report_charts import absent, fold, length_bar, number, percent, table, tag, text
 from pipeline.report_data import RunView, StageView, flat_counts, seconds
+from pipeline.report_experts import experts_section
 from pipeline.report_rollouts import rollouts_section
 from pipeline.report_sections import ALL, curves_section, evaluation_section, funnel_section, results, trust_section
 from pipeline.stage import Stage
@@ -40,6 +41,7 @@ def _page(run: RunView) -> str:
     sections = [("evaluation", "Evaluation", evaluation_section(run)),
                 ("funnel", "From problems to SFT samples", funnel_section(run)),
                 ("curves", "Training curves", curves_section(run)),
+                ("experts", "Experts", experts_section(run)),
                 ("trust", "Why believe it", trust_section(run)),
                 ("rollouts", "Rollouts", rollouts_section(run)),
                 ("stages", "Stages", _stages_section(run))]

@@ -235,3 +235,36 @@ def share_bar(parts: Sequence[tuple[str, int]]) -> str:
 def length_bar(value: float, largest: float, class_: str = "") -> str:
     width = 100 * value / largest if largest else 0
     return f'<div class="length {class_}" aria-hidden="true"><i style="width:{width:.2f}%"></i></div>'
+
+
+# -- heat maps -------------------------------------------------------------------------------------------------
+
+
+def heat_map(title: str, rows: Sequence[tuple[str, Sequence[float]]], full: float, *, column: str,
+             note: str = "") -> str:
+    """Values of 0 and above as cells, (label, values) a row: clear at 0, solid at `full` and above; "" without rows.
+
+    `column` is what a column is called, counted from 0. The page's style colours the cells for light and dark.
+    """
+    if not rows:
+        return ""
+    columns, left, height = len(rows[0][1]), 62, 16
+    width, bottom = (WIDTH - left - RIGHT) / columns, TOP + height * len(rows)
+    parts = []
+    for at, (label, values) in enumerate(rows):
+        y = TOP + height * at
+        parts.append(f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{text(label)}</text>')
+        for index, value in enumerate(values):
+            parts.append(f'<rect x="{left + index * width:.2f}" y="{y}" width="{width:.2f}" height="{height - 1}" '
+                         f'fill-opacity="{min(1.0, value / full):.2f}"><title>{text(label)}, {text(column)} {index}: '
+                         f'{number(value)}</title></rect>')
+    for index, anchor in ((0, "start"), (columns - 1, "end")):
+        x = left if anchor == "start" else WIDTH - RIGHT
+        shown = f"{column} {index}" if anchor == "start" else f"{index}"
+        parts.append(f'<text x="{x}" y="{bottom + 12}" text-anchor="{anchor}">{text(shown)}</text>')
+    words = "; ".join(f"{label}: most at {column} {max(range(columns), key=values.__getitem__)} with "
+                      f"{number(max(values))}" for label, values in rows)
+    picture = (f'<svg class="heat" viewBox="0 0 {WIDTH} {bottom + 16}" role="img" '
+               f'aria-label="{text(title)}: {text(words)}">{"".join(parts)}</svg>')
+    return tag("figure", tag("figcaption", tag("b", text(title))), picture,
+               tag("p", text(note), class_="note") if note else "", class_="panel")

@@ -206,6 +206,7 @@ def _grpo_panels(run: RunView, stage: str, curve: list[dict[str, Any]]) -> list[
         one("sync error", "sync_logprob_error", "largest |trainer − engine| log-prob of fixed prompts", log=True,
             bound=("stops the run", bound) if bound else None),
         one("load violation", "max_violation", "load of the busiest expert over the mean, less 1"),
+        one("rerouted share", "rerouted_share", "tokens that would have left the experts of their rollout; replayed"),
         one("trained share", "trained_share", "rollouts in groups whose rewards differ"),
     ]
 

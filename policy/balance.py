@@ -6,17 +6,21 @@ DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; the bias rule is that of auxiliary
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import distributed, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class RouterProbe:
     """Watches every router of a policy during forward passes.
 
-    `loads` [routers, experts] counts the tokens sent to each expert since `reset`, padding left out;
-    `logits` holds the router logits [tokens, experts] of the last forward pass, for the balance loss.
-    Routers stand in layer order, the MTP module's last.
+    `loads` [routers, experts] counts the tokens sent to each expert since `reset`, padding left out, `tokens`
+    [routers] those that came; `logits` holds the router logits [tokens, experts] of the last forward pass, for the
+    balance loss. Routers stand in layer order, the MTP module's last.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -31,6 +35,7 @@ class RouterProbe:
     def reset(self) -> None:
         experts = self.routers[0].num_experts if self.routers else 0
         self.loads = torch.zeros(len(self.routers), experts, dtype=torch.int64)
+        self.tokens = torch.zeros(len(self.routers), dtype=torch.int64)
 
     def begin(self, token_mask: torch.Tensor) -> None:
         """Start a forward pass over tokens [batch, tokens]; False marks padding."""
@@ -42,8 +47,11 @@ class RouterProbe:
                 return
             logits, _, chosen = output
             mask = self._mask_for(chosen.shape[0])
-            counts = torch.bincount(chosen[mask].flatten(), minlength=router.num_experts)
-            self.loads[index] += counts.cpu()
+            # an expert number out of range reaches no expert, and then counts as dropped
+            sent = chosen[mask].flatten()
+            sent = sent[(sent >= 0) & (sent < router.num_experts)]
+            self.loads[index] += torch.bincount(sent, minlength=router.num_experts).cpu()
+            self.tokens[index] += int(mask.sum())
             self.logits.append((router, logits))
 
         return hook
@@ -80,6 +88,15 @@ class RouterProbe:
             total = total + (per_sequence * lengths.squeeze(1)).sum() / batch_tokens
         return total
 
+    def sum_over_ranks(self) -> None:
+        """Add up `loads` and `tokens` of all processes where torch.distributed runs; call once after each `reset`."""
+        if not (distributed.is_initialized() and self.routers):
+            return
+        both = torch.cat([self.loads, self.tokens.unsqueeze(1)], dim=1)
+        on_device = both.to(self.routers[0].weight.device)  # NCCL reduces what lies on the device
+        distributed.all_reduce(on_device)
+        self.loads, self.tokens = on_device[:, :-1].cpu(), on_device[:, -1].cpu()
+
     @torch.no_grad()
     def update_bias(self, gamma: float) -> None:
         """One step of `b += gamma * sign(mean load - load)`, over the loads since `reset`."""
@@ -90,5 +107,15 @@ class RouterProbe:
 
     def max_violation(self) -> float:
         """The largest MaxVio = max load / mean load - 1 over routers that saw tokens; 0 when none did."""
-        loads = self.loads[self.loads.any(1)].float()
-        return float((loads.max(1).values / loads.mean(1) - 1).max()) if len(loads) else 0.0
+        return max_violation(self.loads)
+
+    def dropped(self) -> int:
+        """Tokens x top_k less what was sent to experts, over all routers."""
+        wanted = sum(int(tokens) * router.top_k for router, tokens in zip(self.routers, self.tokens, strict=True))
+        return wanted - int(self.loads.sum())
+
+
+def max_violation(loads: torch.Tensor) -> float:
+    """The largest MaxVio over the rows of loads [routers, experts] that are not all zero; 0 when all are."""
+    loads = loads[loads.any(1)].float()
+    return float((loads.max(1).values / loads.mean(1) - 1).max()) if len(loads) else 0.0

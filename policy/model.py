@@ -30,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from pipeline.records import Checkpoint
 from policy.kernels.experts import use_fast_experts
 from policy.presets import ROUTER_KEYS
+from policy.router import take_own_routers
 from policy.shards import MANIFEST, manifest_digest, read_manifest, write_manifest, write_shards
 
 
@@ -62,6 +63,7 @@ class DeepseekV3WithMTP(DeepseekV3ForCausalLM):
         if config.num_nextn_predict_layers:
             self.model.layers.append(MTPLayer(config, config.num_hidden_layers))
             self.post_init()
+        take_own_routers(self)
 
     def mtp_hidden_states(self, hidden_states: torch.Tensor, input_ids: torch.Tensor,
                           position_ids: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.artifacts import write_atomically
 from pipeline.stage import Progress
-from policy.balance import RouterProbe
+from policy.balance import RouterProbe, max_violation
+from policy.replay import RouteReplay
 
 COMPLETE = "complete"  # marker file of a checkpoint that was fully written
 
@@ -29,6 +30,7 @@ class PolicyTrainer:
     """Mixin for `SFTTrainer` and `GRPOTrainer`; call `watch` after construction."""
 
     probe: RouterProbe
+    replay: RouteReplay | None = None  # set by a trainer that replays routes
 
     def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None) -> None:
         """Attach the router probe, the bias update and the curve file.
@@ -36,7 +38,7 @@ class PolicyTrainer:
         step_tokens: tokens of an optimizer step, for the rate shown; counted by TRL where they vary.
         """
         self.probe = RouterProbe(self.model)
-        self.add_callback(_Watch(self.probe, progress, curve, bias_gamma, step_tokens))
+        self.add_callback(_Watch(self.probe, self.replay, progress, curve, bias_gamma, step_tokens))
 
     def train_to_the_end(self, work: Path) -> None:
         """Train from the last whole checkpoint under `work`, if there is one.
@@ -84,10 +86,17 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, probe: RouterProbe, progress: Progress, curve: Path, bias_gamma: float,
-                 step_tokens: int | None):
-        self.probe, self.progress, self.curve, self.bias_gamma = probe, progress, curve, bias_gamma
+    def __init__(self, probe: RouterProbe, replay: RouteReplay | None, progress: Progress, curve: Path,
+                 bias_gamma: float, step_tokens: int | None):
+        self.probe, self.replay, self.progress, self.curve, self.bias_gamma = probe, replay, progress, curve, bias_gamma
+        self._begin_row()
         self.step_tokens, self.tokens, self.logged = step_tokens, 0.0, 0.0
+
+    def _begin_row(self) -> None:
+        """Between two rows of the curve lie several optimizer steps where a rollout has several mini-batches."""
+        self.loads, self.dropped = torch.zeros_like(self.probe.loads), 0
+        if self.replay is not None:
+            self.replay.reset()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Cut the curve back to the step the checkpoint is at, so that resumed steps stand once."""
@@ -102,7 +111,10 @@ class _Watch(TrainerCallback):
         self.probe.reset()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.bias_gamma and self.probe.routers:
+        self.probe.sum_over_ranks()
+        self.loads += self.probe.loads
+        self.dropped += self.probe.dropped()
+        if self.bias_gamma:
             self.probe.update_bias(self.bias_gamma)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -110,8 +122,12 @@ class _Watch(TrainerCallback):
             return
         row = {"step": state.global_step} | {key: value for key, value in logs.items()
                                              if isinstance(value, int | float)}
-        if self.probe.routers and self.probe.loads.any():
-            row["max_violation"] = self.probe.max_violation()
+        if self.loads.any():
+            row |= {"max_violation": max_violation(self.loads), "dropped_tokens": self.dropped,
+                    "expert_load": self.loads.tolist()}
+        if self.replay is not None and self.replay.tokens:
+            row["rerouted_share"] = self.replay.rerouted / self.replay.tokens
+        self._begin_row()
         with open(self.curve, "a") as file:
             file.write(json.dumps(row) + "\n")
         now, tokens = time.monotonic(), row.get("num_tokens", 0.0)

@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 
@@ -37,6 +38,7 @@ class Sampling:
     temperature: float
     max_tokens: int
     top_p: float = 1.0
+    routes: bool = False  # ask for the experts of each token; answered where engine.return_routes is on
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Generation:
 
     logprobs: one per token, under the distribution sampled from (after temperature and top-p).
     finish_reason: "stop", "length", or "too_long" for a prompt that leaves no room for a token.
+    routes: vLLM's experts [prompt + completion - 1, layers, top_k], where asked for and returned.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    routes: np.ndarray | None = field(default=None, compare=False)
 
 
 class EngineActor:
@@ -67,6 +71,9 @@ class EngineActor:
                               VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(os.cpu_count() or 1))
             options = {"distributed_executor_backend": "uni", "compilation_config": {"custom_ops": ["none"]},
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_length)}
+        if settings.return_routes:  # not run on a GPU; the CPU's model runner refuses it
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+            options |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
         from vllm import LLM
 
         self.max_length = max_length
@@ -90,7 +97,8 @@ class EngineActor:
             completion = output.outputs[0]
             token_ids = tuple(completion.token_ids)
             logprobs = tuple(step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True))
-            results[index] = Generation(token_ids, logprobs, completion.finish_reason or "stop")
+            results[index] = Generation(token_ids, logprobs, completion.finish_reason or "stop",
+                                        completion.routed_experts if sampling.routes else None)
         return results
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:

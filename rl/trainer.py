@@ -12,6 +12,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from pipeline.records import Message, Problem, Rollout, Status, Verdict, content
 from pipeline.stage import StageError
 from policy.kernels.experts import use_fast_experts
 from policy.kernels.logprob import add_logprob_head
+from policy.replay import OWN, RouteReplay, stack_routes
 from policy.training import PolicyTrainer
 from rl.engine import Generation, Request, RolloutEngine, Sampling
+from rl.routes import engine_routes
 from rl.sync import SyncProof, sync_weights
 
 ROLLOUTS, LEDGER, REFERENCE = "rollouts", "ledger.jsonl", "reference.safetensors"
@@ -79,6 +82,7 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         self.unscored = Counter()
         self._kept: list[tuple[list[int], Generation, Score]] = []
         self._reference_replaced = False
+        self._routes: torch.Tensor | None = None  # [rows, tokens, layers, top_k] of the kept rows
         (work / ROLLOUTS).mkdir(parents=True, exist_ok=True)
         batch = config.prompts_per_step * config.group_size
         schedule = prompt_schedule(prompts, config.steps * config.prompts_per_step, seed)
@@ -107,6 +111,11 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
             use_fast_experts(scored)
         if self.accelerator.num_processes > 1:
             raise StageError("rl: the GRPO trainer runs in one process; groups are dropped per process")
+        if config.routing_replay:
+            try:
+                self.replay = RouteReplay(self.accelerator.unwrap_model(self.model))
+            except ValueError as error:
+                raise StageError(f"rl.routing_replay: {error}") from None
         # From here on TRL takes engine log-probs for what they are (importance correction, drift metrics). Set
         # after construction, because with `use_vllm=True` TRL would start an engine of its own.
         self.use_vllm = True
@@ -131,6 +140,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         if not kept:
             return None
         prepared = super()._generate_and_score_completions([inputs[index] for index in kept])
+        if self.replay is not None:
+            prepared["routes"], self._routes = self._routes, None
         drift = metrics["sampling/sampling_logp_difference/mean"][-1]
         if drift > self.policy_config.max_drift:
             raise StageError(f"rl step {step}: trainer and engine log-probs of the rollouts differ by {drift:.3g} on "
@@ -144,7 +155,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         requests = [Request(tuple(ids), random.Random(f"{self.run_seed}/{step}/{row}").getrandbits(31))
                     for row, ids in enumerate(encoded)]
         config = self.policy_config
-        generations = self.engine.generate(requests, Sampling(config.temperature, config.max_completion_length))
+        generations = self.engine.generate(requests, Sampling(config.temperature, config.max_completion_length,
+                                                              routes=config.routing_replay))
         texts = self.processing_class.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
         scores = self.scorer(prompts, texts, step)
         self._gate_infrastructure(scores)
@@ -155,7 +167,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
                     domain=prompt.problem.domain, step=step, sample_index=row % config.group_size,
                     prompt_ids=tuple(ids), completion_ids=generation.token_ids, logprobs=generation.logprobs,
                     policy_version=self.state.global_step, text=text, reward=score.reward, parts=score.parts,
-                    advantage=advantage, verdict=score.verdict)
+                    advantage=advantage, verdict=score.verdict,
+                    routes=None if generation.routes is None else generation.routes.astype("<i2").tobytes())
             for row, (prompt, ids, generation, text, score, advantage) in enumerate(
                 zip(prompts, encoded, generations, texts, scores, advantages, strict=True))], Rollout)
         return list(zip(encoded, generations, scores, strict=True))
@@ -256,6 +269,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         """Override: passes without gradient go shortest rows first, each part cut to its widest row.
 
         TRL pads every part to the width of the whole batch. Log-probs behind a row's last token are 0.
+        With routing replay, the policy's own pass takes the engine's routes or, where it returns none, records the
+        routes that these weights choose; the gradient passes replay them.
         """
         rows, prompt = input_ids.shape[0], input_ids.shape[1] - logits_to_keep
         if torch.is_grad_enabled() or batch_size is None:
@@ -263,11 +278,25 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
                                                               batch_size, **options)
         prompts, lengths = attention_mask[:, :prompt].sum(1), attention_mask[:, prompt:].sum(1)
         logps = torch.zeros(rows, logits_to_keep, device=input_ids.device)
+        replay, given = self.replay if model is self.model else None, None  # the reference keeps its own routes
+        if replay is not None:
+            layers, top_k = replay.shape
+            given = engine_routes([row[:2] for row in self._kept], prompt, input_ids.shape[1], replay.layers, top_k)
+            self._routes = torch.full((*input_ids.shape, layers, top_k), OWN, dtype=torch.int16) \
+                if given is None else given
+            self._routes = self._routes.to(input_ids.device)
         for part in lengths.argsort().split(batch_size):
             keep = int(lengths[part].max())
             cut = slice(prompt - int(prompts[part].max()), prompt + keep)
-            logps[part, :keep], _, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids[part, cut], attention_mask[part, cut], keep, **options)
+            if given is not None:
+                replay.start(self._routes[part, cut])
+            with replay.recording() if replay is not None and given is None else nullcontext() as recorded:
+                logps[part, :keep], _, _ = super()._get_per_token_logps_and_entropies(
+                    model, input_ids[part, cut], attention_mask[part, cut], keep, **options)
+            if recorded:
+                self._routes[part, cut] = stack_routes(recorded, len(part))
+        if given is not None:
+            replay.stop()
         return logps, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -279,9 +308,21 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         """
         if inputs is None:
             return next(parameter for parameter in model.parameters() if parameter.requires_grad).sum() * 0.0
-        self.probe.begin(torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool())
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()
+        self.probe.begin(mask)
+        if self.replay is not None:
+            self.replay.start(inputs["routes"])
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.replay is not None:
+            self.replay.count(mask)
         return loss * (inputs["completion_ids"].shape[0] / self.policy_config.device_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """Override: routes are replayed until the backward pass is over, as checkpointed layers run again in it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.replay is not None:
+            self.replay.stop()
+        return loss
 
     # -- the reference policy --------------------------------------------------------------------------------------
 
@@ -339,6 +380,9 @@ def _select(prepared: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     for key, value in picked.items():
         if key in ("prompt_ids", "prompt_mask"):
             picked[key] = value[:, -prompt_width:]
+        elif key == "routes":
+            begin = prepared["prompt_ids"].shape[1]
+            picked[key] = value[:, begin - prompt_width:begin + completion_width]
         elif torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == full:
             picked[key] = value[:, :completion_width]
     return picked

@@ -12,6 +12,8 @@ from pipeline.stage import StageContext, StageResult
 from workflows.data import load_problems
 from workflows.inference import check_infrastructure, open_model, open_verifier
 
+ROUTED_TEXTS = 64  # answers per domain whose routes are looked at
+
 
 def evaluate(context: StageContext) -> StageResult:
     """`evaluation.json`: {"models": {name: {domain: row}}} for base, each expert in its domain, SFT and RL.
@@ -51,6 +53,7 @@ def evaluate(context: StageContext) -> StageResult:
                 sampled = ask(problems[name][:config.k_problems], form, samples=config.k,
                               temperature=config.temperature)
                 if name in matched:
+                    answers[label][name] = greedy
                     waiting[label, name] = greedy, sampled
                     continue
                 greedy, sampled = (_verified(verifier, rows, problems[name]) for rows in (greedy, sampled))
@@ -85,6 +88,8 @@ def evaluate(context: StageContext) -> StageResult:
         result[label][ALL] = pooled({name: found for name, found in result[label].items() if name not in judged})
     (context.out / "evaluation.json").write_text(json.dumps({"models": result}, indent=2))
     write_table(context.out / "samples.parquet", kept, Sample)
+    if context.config["engine"].probe_checkpoints:
+        _write_expert_load(context, answers["rl"])
     metrics = {f"{label}/{name}": found["accuracy"] for label, rows in result.items() for name, found in rows.items()}
     metrics |= {f"{label}/{name}/measured": share for label, rows in answers.items() for name in judged & set(rows)
                 if (share := _measured(problems[name], rows[name])) is not None} | reflective
@@ -128,6 +133,21 @@ def _measure(problem, text: str) -> float | None:
     from distill.problems import writing
 
     return writing.score(problem, text) / 10 if writing.measurable(problem) else None
+
+
+def _write_expert_load(context: StageContext, answers: dict[str, list[Sample]]) -> None:
+    """`expert_load.json`: which experts each domain's prompts and greedy answers go to; nothing for a dense model."""
+    from evaluation.specialisation import expert_load
+    from policy.model import load_policy
+    from policy.tokenizer import completion_ids, load_tokenizer, prompt_ids
+
+    folder = context.inputs["rl"] / "checkpoint"
+    tokenizer = load_tokenizer(folder)
+    texts = {name: [prompt_ids(tokenizer, sample.messages) + completion_ids(tokenizer, sample.completion)
+                    for sample in samples[:ROUTED_TEXTS]] for name, samples in answers.items()}
+    found = expert_load(load_policy(folder, context.config["model"].dtype), texts)
+    if found is not None:
+        (context.out / "expert_load.json").write_text(json.dumps(found))
 
 
 def _percent(share: float | None) -> str:

@@ -67,6 +67,10 @@ def test_a_share_of_an_unknown_domain_is_named(write, path, share):
     (["domains.writing.splits.preference=0"], r"domains\.writing\.splits\.preference: needs rows"),
     (["preference.max_tokens=9999"], r"preference\.max_tokens 9999 is above model\.max_length"),
     (["engine.tensor_parallel=8"], r"tensor_parallel 8 needs as many gpus \(got 0\)"),
+    (["rl.bias_gamma=0.001"], r"rl: bias_gamma 0\.001 with routing_replay: .* set bias_gamma: 0 or"),
+    (["engine.return_routes=true"], r"return_routes needs gpus \(got 0\)"),
+    (["engine.return_routes=true", "engine.gpus=1", "rl.routing_replay=false", "expert.rl.routing_replay=false"],
+     r"engine\.return_routes is for rl\.routing_replay or expert\.rl\.routing_replay"),
     (["model={source: {type: pretrained, id: x/y}, dtype: bfloat16}"], r"engine\.max_logprob_error 0\.0001 .*bfloat16"),
 ])
 def test_sections_that_cannot_work_together_are_an_error_before_anything_starts(changes, message):

@@ -20,7 +20,8 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import dump_recipe
 from pipeline.records import Check, Problem, Rollout, Sample, Status, Verdict, write_table
 from pipeline.report import write_report
-from pipeline.report_charts import MOST_POINTS, line_chart, text
+from pipeline.report_charts import MOST_POINTS, heat_map, line_chart, text
+from pipeline.report_experts import _spread, relative
 from pipeline.report_rollouts import choose
 from pipeline.stage import StageResult
 from workflows.deepseek_v3 import build
@@ -137,11 +138,16 @@ class MadeUp:
         rows = [{"step": step + 1, **{key: value(step / STEPS) for key, value in row.items()}} for step in range(STEPS)]
         (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def load(self):
+        """3 routers of 4 experts, 100 choices each a step; the last saw nothing."""
+        return {"dropped_tokens": lambda at: 0,
+                "expert_load": lambda at: [[10, 40, 25, 25], [0, 0, 100, 0], [0, 0, 0, 0]]}
+
     def supervised(self, out, calibrated):
         noise = self.rng.random
         self.curve(out, {"loss": lambda at: 5 * math.exp(-3 * at) + 0.8 + 0.1 * noise(),
                          "mean_token_accuracy": lambda at: 0.2 + 0.5 * at,
-                         "max_violation": lambda at: 2 - at + noise() / 3})
+                         "max_violation": lambda at: 2 - at + noise() / 3, **self.load()})
         if calibrated:
             (out / "calibration.json").write_text(json.dumps({
                 "n": 16, "truth": "measured", "accuracy": 0.6875, "pairwise_accuracy": None, "consistency": 0.8,
@@ -154,6 +160,7 @@ class MadeUp:
                          "kl": lambda at: 0.02 * at + noise() / 500,
                          "completions/mean_length": lambda at: 60 - 15 * at + 5 * noise(),
                          "trained_share": lambda at: 0.6, "max_violation": lambda at: 0.4 + noise(),
+                         "rerouted_share": lambda at: 0.02 * noise(), **self.load(),
                          "sampling/sampling_logp_difference/mean": lambda at: 1e-6 + 1e-6 * noise(),
                          "sampling/sampling_logp_difference/max": lambda at: 1e-5 + 1e-5 * noise(),
                          "sync_logprob_error": lambda at: 3e-6 + 3e-6 * noise(),
@@ -188,6 +195,8 @@ class MadeUp:
                   for label, share in (("base", 0.1), ("sft", 0.55), ("rl", 0.68))}
         for label, share in (("base", 0.07), ("sft", 0.52), ("rl", 0.65)):
             models[label]["all"] = {**row(share), "n": 180, "ci95": wilson(share, 180)}
+        (out / "expert_load.json").write_text(json.dumps({"layers": [1, 2], "load": {
+            domain: [[10, 20, 30, 40], [0, 0, 90, 30]] for domain in self.domains}}))
         models |= {f"expert-{domain}": {domain: row(0.6)} for domain in self.domains}
         (out / "evaluation.json").write_text(json.dumps({"models": models}))
         return StageResult({"samples": 600}, {"rl/all": 0.65, "base/math/reflective": 0.31,
@@ -313,9 +322,26 @@ def test_every_domain_shows_its_way_from_generated_to_packed(whole, page):
 def test_all_trainings_have_their_curves(page):
     labels = [value for name, key, value in page.attributes if name == "svg" and key == "aria-label"]
     for title in ("base: ", "expert-math-sft: ", "sft: ", "reward-model: ", "verdict score: math: ", "drift: ",
+                  "rerouted share: ",
                   "KL: ", "sync error: ", "trained share: ", "load violation: ",
                   "completion length: "):
         assert any(label.startswith(title) for label in labels), title
+
+
+def test_each_layer_shows_the_experts_of_each_domain_and_what_was_dropped(whole, page):
+    labels = [value for name, key, value in page.attributes if name == "svg" and key == "aria-label"]
+    assert "layer 1: math: most at expert 3 with 1.6; writing: most at expert 3 with 1.6" in labels
+    assert "layer 2: math: most at expert 2 with 3; writing: most at expert 2 with 3" in labels
+    assert "base: router 0: most at expert 1 with 1.6; router 1: most at expert 2 with 4" in labels
+    trainings = len(list(whole[0].glob("stages/*/*/curve.jsonl")))
+    assert f"Of {200 * STEPS * trainings:,} choices of an expert in {trainings} trainings, 0 were dropped" in page.text
+
+
+def test_many_layers_are_thinned_out_with_the_first_and_last_kept():
+    assert _spread(range(5)) == [0, 1, 2, 3, 4]
+    assert len(set(_spread(range(58)))) == 12 and {0, 57} <= set(_spread(range(58)))
+    assert heat_map("layer", [], 4.0, column="expert") == ""
+    assert relative([0, 0]) == [0.0, 0.0] and relative([1, 3]) == [0.5, 1.5]
 
 
 def test_trust_shows_proofs_drift_verdicts_groups_and_calibration(page):

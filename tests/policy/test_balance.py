@@ -142,3 +142,52 @@ def test_bias_moves_load_towards_the_mean():
         violations.append(probe.max_violation())
         probe.update_bias(0.005)
     assert violations[-1] < 0.5 * violations[0]
+
+
+def test_no_token_is_dropped_and_one_sent_to_no_expert_would_be_counted(model):
+    probe = RouterProbe(model)
+    forward(model, probe, *packs())
+    assert probe.tokens.tolist() == [int(packs()[2].sum())] * 2 + [int(packs()[2][:, :-1].sum())]
+    assert probe.dropped() == 0
+
+    def capacity(router, inputs, output):
+        """Two tokens lose an expert, as where experts have a capacity."""
+        logits, weights, chosen = output
+        chosen = chosen.clone()
+        chosen[0, 1], chosen[5, 0] = router.num_experts, -1
+        return logits, weights, chosen
+
+    probe.routers[0].register_forward_hook(capacity, prepend=True)
+    probe.reset()
+    probe.begin(packs()[2])
+    probe.routers[0](torch.randn(64, 32))
+    assert probe.dropped() == 2
+
+
+def bias_of_half_the_packs(rank, folder):
+    """One of two processes: its half of the packs, then one bias update."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    own = tiny_policy().train()
+    probe = RouterProbe(own)
+    forward(own, probe, *(part[2 * rank:2 * rank + 2] for part in packs()))
+    probe.sum_over_ranks()
+    probe.update_bias(0.01)
+    torch.save(([router.e_score_correction_bias for router in probe.routers], probe.loads, probe.tokens),
+               f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_move_the_bias_by_the_load_of_both(tmp_path, model):
+    torch.multiprocessing.spawn(bias_of_half_the_packs, (str(tmp_path),), nprocs=2)
+    probe = RouterProbe(model)
+    forward(model, probe, *(part[:2] for part in packs()))
+    half = probe.loads.clone()
+    forward(model, probe, *(part[2:] for part in packs()))
+    probe.update_bias(0.01)
+    for rank in range(2):
+        biases, loads, tokens = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(loads, probe.loads) and torch.equal(tokens, probe.tokens)
+        for bias, router in zip(biases, probe.routers, strict=True):
+            assert torch.equal(bias, router.e_score_correction_bias)
+    assert not torch.equal(torch.sign(half.float().mean(1, True) - half), torch.sign(
+        probe.loads.float().mean(1, True) - probe.loads))  # half the load alone would have moved it elsewhere

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tiny_models import VOCAB
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline.records import Check, Problem, Status, Verdict
 from policy.model import export_tensors, load_policy
+from policy.replay import RouteReplay
 from policy.shards import checksum
 from rl.engine import Generation, Request, Sampling
 from rl.trainer import Prompt, Score
@@ -23,12 +26,15 @@ class ScriptedEngine:
 
     Tokens are drawn from the request's seed; log-probs are those transformers computes with the weights last
     sent. The faults: `shift` is added to every log-prob, `stale` keeps the first weights, prompts of `room`
-    tokens or more are too long.
+    tokens or more are too long. With `routes` it returns the experts of each token as vLLM lays them out on a GPU;
+    `router_noise` moves its own routers, as rounding would.
     """
 
-    def __init__(self, start: Path, folder: Path, shift: float = 0.0, stale: bool = False, room: int = 128) -> None:
+    def __init__(self, start: Path, folder: Path, shift: float = 0.0, stale: bool = False, room: int = 128,
+                 routes: bool = False, router_noise: float = 0.0) -> None:
         self.model: PreTrainedModel = load_policy(start).eval()
         self.folder, self.shift, self.stale, self.room = folder, shift, stale, room
+        self.routes, self.router_noise = routes, router_noise
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text((start / "config.json").read_text())
         self.versions: list[int] = []
@@ -60,7 +66,22 @@ class ScriptedEngine:
         rng = random.Random(request.seed)
         tokens = tuple(rng.randrange(10, VOCAB) for _ in range(rng.randint(2, sampling.max_tokens)))
         logprobs = self._logprobs((*request.prompt_ids, *tokens), sampling.temperature)[-len(tokens):] + self.shift
-        return Generation(tokens, tuple(logprobs.tolist()), "length")
+        routes = self._routes((*request.prompt_ids, *tokens)) if self.routes and sampling.routes else None
+        return Generation(tokens, tuple(logprobs.tolist()), "length", routes)
+
+    @torch.no_grad()
+    def _routes(self, ids: Sequence[int]) -> np.ndarray:
+        """uint8 [tokens - 1, layers, top_k]; a dense layer's column is zero."""
+        model = copy.deepcopy(self.model)
+        replay = RouteReplay(model)
+        for index, router in enumerate(replay.routers):
+            noise = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(index))
+            router.weight += self.router_noise * noise
+        with replay.recording() as recorded:
+            model(input_ids=torch.tensor([list(ids[:-1])]), use_cache=False)
+        routes = np.zeros((len(ids) - 1, self.model.config.num_hidden_layers, replay.shape[1]), np.uint8)
+        routes[:, replay.layers] = torch.stack(recorded, 1).numpy()
+        return routes
 
 
 def make_prompts(count: int) -> list[Prompt]:

@@ -1,9 +1,12 @@
 """The TRL and transformers methods the trainers override or rely on; an upgrade that changes one fails here."""
 
 import inspect
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from transformers import Trainer, TrainerCallback
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from trl import GRPOTrainer, SFTTrainer
 
 from rl.trainer import VerifiedGRPOTrainer
@@ -23,6 +26,8 @@ SIGNATURES = {
         "pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, "
         "mm_token_type_ids=None, image_position_ids=None)",
     GRPOTrainer._tokenize_prompts: "(self, prompts)",
+    GRPOTrainer.training_step: "(self, model, inputs, num_items_in_batch)",
+    DeepseekV3TopkRouter.forward: "(self, hidden_states)",
     Trainer._save: "(self, output_dir=None, state_dict=None)",
     Trainer._load_from_checkpoint: "(self, resume_from_checkpoint, model=None)",
     TrainerCallback.on_save: "(self, args, state, control, **kwargs)",
@@ -63,6 +68,9 @@ def test_the_grpo_trainer_still_keeps_the_attributes_ours_reads_and_sets(line):
     # engine log-probs are taken for what they are where use_vllm is set, and nowhere else
     (GRPOTrainer._generate_and_score_completions, "if self.use_vllm and self.vllm_importance_sampling_correction:"),
     (GRPOTrainer._generate_and_score_completions, "self._calculate_rewards(inputs, prompts, completions, "),
+    # the policy's own pass, which records or replays routes, is the one over self.model
+    (GRPOTrainer._generate_and_score_completions,
+     "old_per_token_logps, _, _ = self._get_per_token_logps_and_entropies(\n                    self.model,"),
     # rows without a reward leave the baseline
     (GRPOTrainer._generate_and_score_completions, "unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)"),
     (GRPOTrainer._generate, "self._generate_single_turn("),
@@ -77,3 +85,17 @@ def test_the_grpo_trainer_still_keeps_the_attributes_ours_reads_and_sets(line):
 ])
 def test_the_library_still_does_what_an_override_relies_on(method, line):
     assert line in inspect.getsource(method)
+
+
+@pytest.mark.parametrize(("file", "line"), [
+    ("outputs.py", "routed_experts: np.ndarray | None = None  # [seq_len,layer_num,topk]"),
+    ("engine/arg_utils.py", "enable_return_routed_experts: bool = False"),
+    # all layers of the main model, by their own number
+    ("model_executor/layers/fused_moe/routed_experts_capturer.py", "num_layers = model_config.get_total_num_hidden"),
+    ("model_executor/layers/fused_moe/runner/moe_runner.py", "return extract_layer_index(self.layer_name)"),
+    # every token but the last
+    ("distributed/aux_output_connector/connector.py", "token_end = request.num_tokens - 1"),
+])
+def test_vllm_still_lays_routes_out_as_the_trainer_reads_them(file, line):
+    """Read as text: the code runs on GPUs alone, and importing vLLM takes longer than all tests here."""
+    assert line in (Path(find_spec("vllm").origin).parent / file).read_text()

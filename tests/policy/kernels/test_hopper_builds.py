@@ -33,6 +33,8 @@ BUDGET = {
     "bf16 experts Fprop, 32 rows each": (128, 96),
     "bf16 experts Dgrad": (128, 128),
     "bf16 experts Wgrad": (144, 128),
+    "router": (80, 1),
+    "router, replay": (80, 1),
     "log-probs + entropies": (200, 96),
     "gradient of logits": (200, 96),
 }
