@@ -52,7 +52,8 @@ class _Experts(torch.autograd.Function):
         counts = torch.bincount(indices.reshape(-1), minlength=len(gate_up)).tolist()
         scale = weights.reshape(-1)[order].to(hidden.dtype).unsqueeze(1)
         projected = hidden.new_empty(len(order), 2 * width)
-        output = torch.zeros_like(hidden)
+        # a token's experts are summed in FP32 at least: a rounded sum sends tokens of the next layer elsewhere
+        output = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start, end, spans in _blocks(counts):
             rows, both = hidden.index_select(0, tokens[start:end]), projected[start:end]
             for expert, first, last in spans:
@@ -60,10 +61,10 @@ class _Experts(torch.autograd.Function):
             gated = functional.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale[start:end])
             for expert, first, last in spans:
                 torch.mm(gated[first:last], down[expert].t(), out=rows[first:last])
-            output.index_add_(0, tokens[start:end], rows)
+            output.index_add_(0, tokens[start:end], rows.to(output.dtype))
         ctx.save_for_backward(hidden, gate_up, down, projected, scale, tokens, order)
         ctx.counts, ctx.weights_like = counts, (weights.shape, weights.dtype)
-        return output
+        return output.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
