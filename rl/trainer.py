@@ -109,6 +109,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         for scored in filter(None, (self.model, self.ref_model)):
             add_logprob_head(scored, self.temperature)
             use_fast_experts(scored)
+        if config.mtp_lambda and not self.trains_mtp:
+            raise StageError(f"rl.mtp_lambda {config.mtp_lambda:g} needs a model with an MTP module; leave it out")
         if self.accelerator.num_processes > 1:
             raise StageError("rl: the GRPO trainer runs in one process; groups are dropped per process")
         if config.routing_replay:
@@ -315,6 +317,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.replay is not None:
             self.replay.count(mask)
+        if self.trains_mtp:
+            loss = loss + self.policy_config.mtp_lambda * self._mtp_loss(model, inputs)
         return loss * (inputs["completion_ids"].shape[0] / self.policy_config.device_batch)
 
     def training_step(self, model, inputs, num_items_in_batch):
@@ -323,6 +327,20 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         if self.replay is not None:
             self.replay.stop()
         return loss
+
+    def _mtp_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        """Cross-entropy of the MTP modules on the slot's completions, averaged as TRL averages: tokens, rows, slots.
+
+        Prompts are padded on the left: positions start at 0 with the first real token, and each pad stands alone.
+        """
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        positions = (mask.cumsum(1) - 1) * mask
+        learned = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], dim=1)
+        found = self.mtp_predictions(model, input_ids, positions, input_ids.masked_fill(learned == 0, -100))
+        loss = sum((one.losses.sum(1) / one.labelled.sum(1).clamp(min=1)).mean() for one in found) / len(found)
+        self._metrics["train"]["mtp_loss"].append(loss.item())
+        return loss / self.current_gradient_accumulation_steps
 
     # -- the reference policy --------------------------------------------------------------------------------------
 
