@@ -133,12 +133,16 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         self.proof = sync_weights(self.accelerator.unwrap_model(self.model), self.engine, self.state.global_step,
                                   self.max_logprob_error)
         indices = [row["index"] for row in inputs]
+        before = self.engine.draft_counts() if self.engine.drafts else (0, 0)
         rows = self._roll_out(indices, step)
         kept = self._trainable_groups(rows, indices, step)
         self._kept = [rows[index] for index in kept]
         metrics = self._metrics["train"]
         metrics["sync_logprob_error"].append(self.proof.max_logprob_error)
         metrics["trained_share"].append(len(kept) / len(rows))
+        if self.engine.drafts:
+            drafted, accepted = (now - then for now, then in zip(self.engine.draft_counts(), before, strict=True))
+            metrics["draft_acceptance"].append(accepted / max(1, drafted))
         if not kept:
             return None
         prepared = super()._generate_and_score_completions([inputs[index] for index in kept])
