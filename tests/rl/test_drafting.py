@@ -202,6 +202,21 @@ def test_a_drafter_left_behind_is_caught(engine, trained):
     assert sync_weights(changed, engine, 5, BOUND).max_logprob_error <= BOUND
 
 
+def test_the_benchmark_measures_acceptance_and_speed(engine, folder, monkeypatch):
+    """One engine stands for both sides here; the benchmark itself starts two."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import mtp_drafting
+
+    assert mtp_drafting.checkpoints(folder) == [(folder.name, folder)]
+    asked = mtp_drafting.requests(folder, folder, 4)
+    assert len(asked) == 4
+    rows = mtp_drafting.measure("tiny", engine, engine, requests(4), 2, Sampling(0.0, 12), rounds=1)
+    assert [unit for _, _, unit in rows] == ["%", "tokens/s", "tokens/s", "x"]
+    assert 0 < rows[0][1] < 100 and min(figure for _, figure, _ in rows) > 0
+    with pytest.raises(SystemExit, match="neither a checkpoint"):
+        mtp_drafting.checkpoints(ROOT / "recipes")
+
+
 def test_the_expansion_of_the_cpu_back_end_is_still_wrong(engine):
     """Pins the fault behind `drafting.expand_with_torch`; when this fails, that remedy can go."""
 
