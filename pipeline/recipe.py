@@ -105,6 +105,7 @@ class TinyModel(Section):
     layers: Annotated[int, Field(ge=4)] = 4
     routed_experts: Annotated[int, Field(ge=4)] = 16
     vocab_size: Annotated[int, Field(ge=300)] = 1024
+    mtp_depth: Annotated[int, Field(ge=0)] = Field(1, description="modules of multi-token prediction (section 2.2)")
     drill_steps: Annotated[int, Field(ge=0)] = Field(200, description="optimizer steps on rows to repeat, first of all")
 
     @field_validator("routed_experts")
@@ -150,11 +151,16 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     balance_alpha: Annotated[float, Field(ge=0)] = 1e-4
     bias_gamma: Annotated[float, Field(ge=0)] = 1e-3
-    mtp_lambda: Annotated[float, Field(ge=0)] = 0.1
+    mtp_lambda: Annotated[float, Field(ge=0)] = Field(0.1, description="weight of the MTP loss, where the model has "
+                                                      "MTP modules")
+    mtp_trunk_gradient: bool = Field(True, description="whether the MTP loss trains the main model too, and the "
+                                     "embedding and head it shares; false: its modules alone")
     save_steps: PositiveInt = 100
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if not self.mtp_lambda and not self.mtp_trunk_gradient:
+            raise ValueError("mtp_trunk_gradient false needs an mtp_lambda above 0; at 0 nothing trains MTP modules")
         if self.batch_tokens % (self.pack_length * self.packs_per_device):
             raise ValueError(f"batch_tokens must be a multiple of pack_length x packs_per_device "
                              f"(got {self.batch_tokens} and {self.pack_length} x {self.packs_per_device})")
@@ -191,6 +197,10 @@ class GrpoConfig(Section):
     bias_gamma: Annotated[float, Field(ge=0)] = Field(0.0, description="0: the balance bias is frozen in RL")
     routing_replay: bool = Field(False, description="gradient passes send each token to the experts of its rollout; "
                                  "for mixtures of experts alone")
+    mtp_lambda: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the MTP cross-entropy on the "
+                                                      "rollouts trained on, so that drafts follow the policy")
+    mtp_trunk_gradient: bool = Field(False, description="whether that loss trains the main model too, which it pulls "
+                                     "towards its rollouts whatever their reward")
     max_grad_norm: PositiveFloat = 1.0
     reference_steps: PositiveInt = Field(400, description="steps after which the KL reference is replaced")
     importance_cap: PositiveFloat = Field(2.0, description="cap of the trainer/engine importance ratio (TIS)")
@@ -200,6 +210,8 @@ class GrpoConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> GrpoConfig:
+        if self.mtp_trunk_gradient and not self.mtp_lambda:
+            raise ValueError("mtp_trunk_gradient true needs an mtp_lambda above 0; at 0 nothing trains MTP modules")
         batch = self.prompts_per_step * self.group_size
         if self.prompts_per_step % self.mini_batches:
             raise ValueError(f"mini_batches must divide prompts_per_step (got {self.mini_batches} and "
@@ -291,6 +303,8 @@ class EngineConfig(Section):
     gpus: Annotated[float, Field(ge=0)] = 0
     return_routes: bool = Field(False, description="routing replay takes the engine's own routes, which only vLLM's "
                                 "GPU model runner returns; elsewhere the trainer recomputes them at the same weights")
+    draft: bool = Field(False, description="speculative decoding: the first MTP module drafts a token, the main model "
+                        "accepts or replaces it, so samples are distributed as without; slower on the tiny model")
     probe_checkpoints: bool = Field(True, description="compare log-probs with transformers after each load from disk; "
                                     "turn off for models that do not fit beside the engine")
     max_logprob_error: PositiveFloat = Field(1e-4, description="proof bound after each sync; 0.1 suits bfloat16")
@@ -302,6 +316,9 @@ class EngineConfig(Section):
         if self.return_routes and not self.gpus:
             raise ValueError("return_routes needs gpus (got 0): the CPU back end returns no routes; leave it out, and "
                              "the trainer recomputes them")
+        if self.draft and self.return_routes:
+            raise ValueError("draft true with return_routes true: the routes vLLM returns were never compared under "
+                             "drafts; set one of them")
         return self
 
 
@@ -343,6 +360,11 @@ class Recipe(Section):
         if self.engine.return_routes and not (self.rl.routing_replay or self.expert.rl.routing_replay):
             raise ValueError("engine.return_routes is for rl.routing_replay or expert.rl.routing_replay, and both are "
                              "false; set one, or leave engine.return_routes out")
+        if self.model.source.type == "tiny" and not self.model.source.mtp_depth:
+            for path, wanted in (("engine.draft", self.engine.draft), ("rl.mtp_lambda", self.rl.mtp_lambda),
+                                 ("expert.rl.mtp_lambda", self.expert.rl.mtp_lambda)):
+                if wanted:
+                    raise ValueError(f"{path} {wanted} needs an MTP module; model.source.mtp_depth is 0")
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
         if self.model.dtype == "bfloat16" and self.engine.max_logprob_error < BFLOAT16_ERROR:

@@ -20,7 +20,7 @@ class RouterProbe:
 
     `loads` [routers, experts] counts the tokens sent to each expert since `reset`, padding left out, `tokens`
     [routers] those that came; `logits` holds the router logits [tokens, experts] of the last forward pass, for the
-    balance loss. Routers stand in layer order, the MTP module's last.
+    balance loss. Routers stand in layer order, those of MTP modules last.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -57,9 +57,9 @@ class RouterProbe:
         return hook
 
     def _mask_for(self, tokens: int) -> torch.Tensor:
-        """The mask over flattened tokens; the MTP module sees every row without its last token."""
+        """The mask over flattened tokens; MTP module k sees every row without its last k tokens."""
         mask = self.token_mask
-        return (mask if mask.numel() == tokens else mask[:, :-1]).reshape(-1)
+        return mask[:, :tokens // mask.shape[0]].reshape(-1)
 
     def balance_loss(self, position_ids: torch.Tensor, batch_tokens: int) -> torch.Tensor:
         """Sequence-wise balance loss of the last forward pass, without alpha (equations 17 to 20).
@@ -70,7 +70,7 @@ class RouterProbe:
         """
         total = torch.zeros((), device=position_ids.device)
         for router, logits in self.logits:
-            positions = position_ids if position_ids.numel() == logits.shape[0] else position_ids[:, :-1]
+            positions = position_ids[:, :logits.shape[0] // position_ids.shape[0]]
             mask = self._mask_for(logits.shape[0])
             segments = (positions == 0).reshape(-1).cumsum(0) - 1
             segments, kept = segments[mask], logits[mask]

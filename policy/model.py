@@ -1,8 +1,9 @@
 """Load, extend and save the policy: transformers' DeepseekV3ForCausalLM with its MTP module kept.
 
 transformers runs `layers[:num_hidden_layers]` and drops the multi-token-prediction weights on load. Here the
-MTP module is layer `num_hidden_layers` of the same list, so that its tensors load, train and save under the
-names of the released checkpoint (`model.layers.L.enorm`, `.hnorm`, `.eh_proj`, `.shared_head.norm` and a block).
+MTP modules (`policy/mtp.py`) are the layers from `num_hidden_layers` on in the same list, so that their tensors load,
+train and save under the names of the released checkpoint (`model.layers.L.enorm`, `.hnorm`, `.eh_proj`,
+`.shared_head.norm` and a block).
 Embedding and head are shared with the main model (DeepSeek-V3 section 2.2); the copies the format asks for
 are written on save.
 """
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,57 +25,47 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_causal_mask
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 from pipeline.records import Checkpoint
 from policy.kernels.experts import use_fast_experts
+from policy.mtp import MTPLayer, mtp_depth
 from policy.presets import ROUTER_KEYS
 from policy.router import take_own_routers
 from policy.shards import MANIFEST, manifest_digest, read_manifest, write_manifest, write_shards
 
 
-class MTPLayer(DeepseekV3DecoderLayer):
-    """Depth-1 multi-token prediction: RMSNorm(Emb(t+1)) joined with RMSNorm(h) -> linear 2d -> d -> one block.
-
-    The order of the two halves is that of the released weights (embedding first).
-    """
-
-    def __init__(self, config: DeepseekV3Config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.enorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)})
-
-
 class DeepseekV3WithMTP(DeepseekV3ForCausalLM):
-    """The main model, plus `mtp_hidden_states` for training the MTP module."""
+    """The main model, plus `mtp_hidden_states` for training its MTP modules."""
 
-    # the copies of embedding and head stored with the module are the main model's own tensors
+    # the copies of embedding and head stored with a module are the main model's own tensors
     _keys_to_ignore_on_load_unexpected = [r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight"]
     # transformers looks for its experts decorator in the source of the module that defines the class
     _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__(config)
-        if config.num_nextn_predict_layers > 1:
-            raise ValueError(f"num_nextn_predict_layers {config.num_nextn_predict_layers}: depth 1 is supported")
-        if config.num_nextn_predict_layers:
-            self.model.layers.append(MTPLayer(config, config.num_hidden_layers))
+        if mtp_depth(config):
+            self.model.layers.extend(MTPLayer(config, config.num_hidden_layers + module)
+                                     for module in range(mtp_depth(config)))
             self.post_init()
         take_own_routers(self)
 
-    def mtp_hidden_states(self, hidden_states: torch.Tensor, input_ids: torch.Tensor,
-                          position_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states that predict token t + 2 from `hidden_states` at t and the embedding of token t + 1.
+    def mtp_hidden_states(self, hidden_states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor, *,
+                          depth: int = 1, trunk_gradient: bool = True) -> torch.Tensor:
+        """States of module `depth` = k that predict token t + k + 1, from those of module k - 1 at t and token t + k.
 
-        hidden_states: [batch, tokens, hidden], the main model's output after its last norm; input_ids and
-        position_ids: [batch, tokens], positions restarting at each packed sample. Returns
-        [batch, tokens - 1, hidden]; pass it through `lm_head`.
+        hidden_states: [batch, tokens - k + 1, hidden], for k = 1 the main model's output after its last norm, then
+        what this returned for the module before; input_ids and position_ids: [batch, tokens], positions restarting at
+        each packed sample. Returns [batch, tokens - k, hidden]; pass it through `lm_head`. With `trunk_gradient`
+        False the shared embedding gets no gradient.
         """
-        layer = self.model.layers[self.config.num_hidden_layers]
-        position_ids = position_ids[:, :-1]
-        embeds = self.model.embed_tokens(input_ids[:, 1:])
+        layer = self.model.layers[self.config.num_hidden_layers + depth - 1]
+        position_ids = position_ids[:, :-depth]
+        embeds = self.model.embed_tokens(input_ids[:, depth:])
+        # as engines draft: at a sample's first position the state stands alone
+        embeds = embeds.masked_fill((position_ids == 0).unsqueeze(-1), 0.0)
+        if not trunk_gradient:
+            embeds = embeds.detach()
         joined = layer.eh_proj(torch.cat([layer.enorm(embeds), layer.hnorm(hidden_states[:, :-1])], dim=-1))
         mask = create_causal_mask(config=self.config, inputs_embeds=joined, attention_mask=None,
                                   past_key_values=None, position_ids=position_ids)

@@ -1,7 +1,7 @@
 """Architecture presets. `tiny_config` has every part of DeepSeek-V3 at a size two CPU cores can train.
 
 DeepSeek-V3 (arXiv 2412.19437) section 2: multi-head latent attention, leading dense layer, biased sigmoid
-group-limited routing with shared expert, one multi-token-prediction module.
+group-limited routing with shared expert, multi-token prediction.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ ROUTER_KEYS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 def tiny_config(*, hidden_size: int = 128, layers: int = 4, routed_experts: int = 16, vocab_size: int = 1024,
-                max_length: int = 512, token_ids: dict[str, int] | None = None) -> DeepseekV3Config:
+                max_length: int = 512, mtp_depth: int = 1, token_ids: dict[str, int] | None = None) -> DeepseekV3Config:
     """A DeepseekV3Config of 2.2M parameters at the defaults.
 
     Query and key heads are as wide as value heads, so that torch's fused CPU attention takes them.
     One dense layer, `layers - 1` MoE layers of `routed_experts` experts in 4 groups (2 kept, 2 experts per
-    token) with 1 shared expert, MLA with 4 heads, MTP depth 1. `token_ids` gives bos/eos/pad ids.
+    token) with 1 shared expert, MLA with 4 heads, `mtp_depth` MTP modules. `token_ids` gives bos/eos/pad ids.
     """
     extra: dict[str, Any] = dict(ROUTER_KEYS)
     return DeepseekV3Config(
@@ -34,4 +34,4 @@ def tiny_config(*, hidden_size: int = 128, layers: int = 4, routed_experts: int 
         qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
         max_position_embeddings=max_length, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, attention_bias=False,
-        initializer_range=0.05, num_nextn_predict_layers=1, use_cache=True, **(token_ids or {}), **extra)
+        initializer_range=0.05, num_nextn_predict_layers=mtp_depth, use_cache=True, **(token_ids or {}), **extra)

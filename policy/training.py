@@ -1,4 +1,4 @@
-"""What both trainers share: checkpoints that resume exactly, the balance bias, the curve file.
+"""What both trainers share: checkpoints that resume exactly, the balance bias, MTP modules, the curve file.
 
 transformers' `Trainer` resumes a mixture of experts wrongly in silence: `_save` writes experts apart,
 `_load_from_checkpoint` looks for them fused, with `strict=False`. It also leaves half a checkpoint behind
@@ -19,18 +19,22 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.artifacts import write_atomically
+from pipeline.recipe import GrpoConfig, TrainConfig
 from pipeline.stage import Progress
 from policy.balance import RouterProbe, max_violation
+from policy.mtp import Prediction, is_mtp, mtp_depth, predictions
 from policy.replay import RouteReplay
 
 COMPLETE = "complete"  # marker file of a checkpoint that was fully written
 
 
 class PolicyTrainer:
-    """Mixin for `SFTTrainer` and `GRPOTrainer`; call `watch` after construction."""
+    """Mixin for `SFTTrainer` and `GRPOTrainer`; set `policy_config`, and call `watch` after construction."""
 
+    policy_config: TrainConfig | GrpoConfig
     probe: RouterProbe
     replay: RouteReplay | None = None  # set by a trainer that replays routes
+    _last_hidden: torch.Tensor | None = None  # [batch, tokens, hidden] of the last pass with gradient
 
     def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None) -> None:
         """Attach the router probe, the bias update and the curve file.
@@ -38,7 +42,41 @@ class PolicyTrainer:
         step_tokens: tokens of an optimizer step, for the rate shown; counted by TRL where they vary.
         """
         self.probe = RouterProbe(self.model)
+        if self.trains_mtp:
+            self.model.base_model.register_forward_hook(self._keep_hidden)
         self.add_callback(_Watch(self.probe, self.replay, progress, curve, bias_gamma, step_tokens))
+
+    @property
+    def trains_mtp(self) -> bool:
+        return bool(self.policy_config.mtp_lambda and mtp_depth(self.model.config))
+
+    def _keep_hidden(self, _module, _inputs, output) -> None:
+        if torch.is_grad_enabled():
+            self._last_hidden = output.last_hidden_state
+
+    def mtp_predictions(self, model, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+                        ) -> list[Prediction]:
+        """What the MTP modules make of the forward pass just done, [batch, tokens] each; logs their accuracy."""
+        hidden, self._last_hidden = self._last_hidden, None
+        found = list(predictions(model, hidden, input_ids, position_ids, labels,
+                                 self.policy_config.mtp_trunk_gradient))
+        for prediction in found:
+            self._metrics["train"][prediction.metric].append(prediction.accuracy())
+        return found
+
+    def _clip_grad_norm(self, model):
+        """Override of `Trainer._clip_grad_norm`: MTP modules kept from the trunk are clipped apart.
+
+        Under a common norm their gradient would still scale the trunk's step. Returns the norm of the trunk.
+        """
+        if not self.trains_mtp or self.policy_config.mtp_trunk_gradient:
+            return super()._clip_grad_norm(model)
+        sides: tuple[list, list] = ([], [])
+        for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
+            sides[is_mtp(self.model.config, name)].append(parameter)
+        trunk, modules = (self.accelerator.clip_grad_norm_(side, self.args.max_grad_norm) for side in sides)
+        self._metrics["train"]["mtp_grad_norm"].append(float(modules))
+        return trunk
 
     def train_to_the_end(self, work: Path) -> None:
         """Train from the last whole checkpoint under `work`, if there is one.

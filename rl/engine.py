@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 
 from pipeline.recipe import EngineConfig
 from pipeline.stage import StageError
+from rl import drafting
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,15 @@ class EngineActor:
         if settings.return_routes:  # not run on a GPU; the CPU's model runner refuses it
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
             options |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+        if settings.draft:
+            options |= drafting.OPTIONS
+            if not settings.gpus:
+                drafting.expand_with_torch()
         from vllm import LLM
 
         self.max_length = max_length
         self.version = 0
+        self.drafts = settings.draft
         self.llm = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=max_length, seed=seed,
                        max_num_seqs=settings.max_sequences, tensor_parallel_size=settings.tensor_parallel,
                        logprobs_mode="processed_logprobs", generation_config="vllm", **options)
@@ -110,6 +116,14 @@ class EngineActor:
         return [[output.prompt_logprobs[i][token].logprob for i, token in enumerate(ids) if i]
                 for ids, output in zip(prompts, outputs, strict=True)]
 
+    def draft_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        """Log-probability under the drafter of each prompt token but the first two."""
+        return drafting.draft_logprobs(self.llm, prompts)
+
+    def draft_counts(self) -> tuple[int, int]:
+        """Tokens drafted and drafts accepted since the start."""
+        return drafting.draft_counts(self.llm)
+
     def update(self, names: list[str], tensors: list[Any], checksums: dict[str, str], version: int) -> None:
         """Check what arrived against the sender's checksums, then load it and drop cached prefixes."""
         import torch
@@ -123,7 +137,7 @@ class EngineActor:
             if checksum(tensor) != checksums[name]:
                 raise StageError(f"weight sync: {name} arrived damaged (checksum differs)")
             weights.append((name, tensor))
-        self._reload(weights, version)
+        self._reload(lambda: weights, version)
 
     def load_folder(self, folder: str) -> None:
         """Replace the weights by those of a checkpoint folder, read shard by shard."""
@@ -135,15 +149,26 @@ class EngineActor:
                     for name in opened.keys():  # noqa: SIM118 (not a dict)
                         yield name, opened.get_tensor(name)
 
-        self._reload(read(), 0)
+        self._reload(read, 0)
 
-    def _reload(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        def load(worker) -> None:
-            for module in worker.model_runner.get_model().modules():
+    def _reload(self, weights: Callable[[], Iterable[tuple[str, Any]]], version: int) -> None:
+        drafts = self.drafts
+
+        def unpack(model) -> None:
+            for module in model.modules():
                 method = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
                     method.moe_kernel = None
-            worker.model_runner.reload_weights(weights_iterator=iter(weights), is_checkpoint_format=True)
+
+        def load(worker) -> None:
+            unpack(worker.model_runner.get_model())
+            worker.model_runner.reload_weights(weights_iterator=iter(weights()), is_checkpoint_format=True)
+            if drafts:
+                from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+                unpack(drafting.drafter_of(worker))
+                reload_weights(worker.model_runner.vllm_config, drafting.drafter_of(worker),
+                               drafting.drafter_weights(worker, weights()), None, is_checkpoint_format=True)
 
         self.llm.collective_rpc(load)
         self.llm.reset_prefix_cache()
@@ -153,9 +178,12 @@ class EngineActor:
         """Checksums of the engine's own tensors, for those it holds under the same name and shape."""
         from policy.shards import checksum
 
+        drafts = self.drafts
+
         def read(worker) -> dict[str, str]:
             model = worker.model_runner.get_model()
-            held = dict(model.named_parameters()) | dict(model.named_buffers())
+            held = drafting.held_by_drafter(worker) if drafts else {}
+            held |= dict(model.named_parameters()) | dict(model.named_buffers())
             return {name: checksum(held[name].data) for name, shape in shapes.items()
                     if name in held and tuple(held[name].shape) == tuple(shape)}
 
@@ -165,8 +193,8 @@ class EngineActor:
 class RolloutEngine:
     """Client of one engine actor. Use `open_engine`, which reuses an actor that fits."""
 
-    def __init__(self, actor: ActorHandle):
-        self.actor = actor
+    def __init__(self, actor: ActorHandle, drafts: bool):
+        self.actor, self.drafts = actor, drafts
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         """Sample one completion per request, in order. A dead engine is a StageError naming the remedy."""
@@ -174,6 +202,12 @@ class RolloutEngine:
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
         return self._call("prompt_logprobs", prompts)
+
+    def draft_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        return self._call("draft_logprobs", prompts)
+
+    def draft_counts(self) -> tuple[int, int]:
+        return self._call("draft_counts")
 
     def load_folder(self, folder: Path) -> None:
         self._call("load_folder", str(folder))
@@ -209,14 +243,16 @@ def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: i
     """An engine with the weights of `folder`.
 
     A running engine of the same role and architecture takes the weights in memory (0.1 s on the tiny model);
-    otherwise a new actor starts (about 15 s on two cores).
+    otherwise a new actor starts (about 15 s on two cores). Raises StageError when it shall draft and cannot.
     """
     architecture = {key: value for key, value in json.loads((folder / "config.json").read_text()).items()
                     if key not in NOT_ARCHITECTURE}
+    if config.draft and not architecture.get("num_nextn_predict_layers"):
+        raise StageError(f"engine.draft needs a model with an MTP module, and {folder} has none; leave it out")
     signature = json.dumps([architecture, config.model_dump(), dtype, max_length], sort_keys=True, default=str)
     name = f"engine-{role}-{hashlib.sha256(signature.encode()).hexdigest()[:8]}-{os.getpid()}"
     try:
-        engine = RolloutEngine(ray.get_actor(name))
+        engine = RolloutEngine(ray.get_actor(name), config.draft)
         engine.load_folder(folder)
         return engine
     except ValueError:
@@ -225,7 +261,7 @@ def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: i
     actor_class = ray.remote(EngineActor).options(name=name, num_cpus=0, num_gpus=config.gpus, max_restarts=0)
     actor = actor_class.remote(str(folder), config.model_dump(), dtype, max_length, seed)
     _OPEN[name] = actor  # a named actor lives as long as a handle of its owner
-    return RolloutEngine(actor)
+    return RolloutEngine(actor, config.draft)
 
 
 _OPEN: dict[str, ActorHandle] = {}

@@ -109,6 +109,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         for scored in filter(None, (self.model, self.ref_model)):
             add_logprob_head(scored, self.temperature)
             use_fast_experts(scored)
+        if config.mtp_lambda and not self.trains_mtp:
+            raise StageError(f"rl.mtp_lambda {config.mtp_lambda:g} needs a model with an MTP module; leave it out")
         if self.accelerator.num_processes > 1:
             raise StageError("rl: the GRPO trainer runs in one process; groups are dropped per process")
         if config.routing_replay:
@@ -131,12 +133,16 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         self.proof = sync_weights(self.accelerator.unwrap_model(self.model), self.engine, self.state.global_step,
                                   self.max_logprob_error)
         indices = [row["index"] for row in inputs]
+        before = self.engine.draft_counts() if self.engine.drafts else (0, 0)
         rows = self._roll_out(indices, step)
         kept = self._trainable_groups(rows, indices, step)
         self._kept = [rows[index] for index in kept]
         metrics = self._metrics["train"]
         metrics["sync_logprob_error"].append(self.proof.max_logprob_error)
         metrics["trained_share"].append(len(kept) / len(rows))
+        if self.engine.drafts:
+            drafted, accepted = (now - then for now, then in zip(self.engine.draft_counts(), before, strict=True))
+            metrics["draft_acceptance"].append(accepted / max(1, drafted))
         if not kept:
             return None
         prepared = super()._generate_and_score_completions([inputs[index] for index in kept])
@@ -315,6 +321,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.replay is not None:
             self.replay.count(mask)
+        if self.trains_mtp:
+            loss = loss + self.policy_config.mtp_lambda * self._mtp_loss(model, inputs)
         return loss * (inputs["completion_ids"].shape[0] / self.policy_config.device_batch)
 
     def training_step(self, model, inputs, num_items_in_batch):
@@ -323,6 +331,20 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         if self.replay is not None:
             self.replay.stop()
         return loss
+
+    def _mtp_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        """Cross-entropy of the MTP modules on the slot's completions, averaged as TRL averages: tokens, rows, slots.
+
+        Prompts are padded on the left: positions start at 0 with the first real token, and each pad stands alone.
+        """
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        positions = (mask.cumsum(1) - 1) * mask
+        learned = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], dim=1)
+        found = self.mtp_predictions(model, input_ids, positions, input_ids.masked_fill(learned == 0, -100))
+        loss = sum((one.losses.sum(1) / one.labelled.sum(1).clamp(min=1)).mean() for one in found) / len(found)
+        self._metrics["train"]["mtp_loss"].append(loss.item())
+        return loss / self.current_gradient_accumulation_steps
 
     # -- the reference policy --------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The SFT trainer: TRL's SFTTrainer on packs, plus the MTP loss and the sequence-wise balance loss.
 
-Loss = CE + mtp_lambda * CE of the MTP module + balance_alpha * balance loss (DeepSeek-V3 sections 2.1.2, 2.2).
-All three are sums over tokens divided by what the whole optimizer step holds, so the loss does not depend on
+Loss = CE + mtp_lambda / D * sum of the CE of D MTP modules + balance_alpha * balance loss (DeepSeek-V3 sections 2.1.2,
+2.2). All three are sums over tokens divided by what the whole optimizer step holds, so the loss does not depend on
 how the step is cut into micro-batches or packs.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from torch.nn import functional
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.recipe import TrainConfig
@@ -23,7 +22,6 @@ from policy.model import load_policy, save_policy
 from policy.tokenizer import load_tokenizer
 from policy.training import PolicyTrainer, read_curve, torch_threads
 from sft.optimizer import MuonWithAdamW
-from sft.packing import IGNORE
 
 
 class PackedSFTTrainer(PolicyTrainer, SFTTrainer):
@@ -33,36 +31,26 @@ class PackedSFTTrainer(PolicyTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         self.policy_config = config
         add_logprob_head(self.model)
-        self._last_hidden: torch.Tensor | None = None
-        self.model.base_model.register_forward_hook(self._keep_hidden)
-
-    def _keep_hidden(self, _module, _inputs, output) -> None:
-        self._last_hidden = output.last_hidden_state
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Override of `SFTTrainer.compute_loss`: adds the MTP and balance losses to TRL's."""
         config, pad_id = self.policy_config, self.processing_class.pad_token_id
         self.probe.begin(inputs["input_ids"] != pad_id)
         loss = super().compute_loss(model, dict(inputs), return_outputs=False, num_items_in_batch=num_items_in_batch)
-        hidden, self._last_hidden = self._last_hidden, None
-        if config.mtp_lambda and getattr(model.config, "num_nextn_predict_layers", 0):
-            mtp_loss = self._mtp_loss(model, hidden, inputs, num_items_in_batch)
+        if self.trains_mtp:
+            mtp_loss = self._mtp_loss(model, inputs, num_items_in_batch)
             self._metrics["train"]["mtp_loss"].append(mtp_loss.item() * self.args.gradient_accumulation_steps)
             loss = loss + config.mtp_lambda * mtp_loss
         if config.balance_alpha and self.probe.routers:
             loss = loss + config.balance_alpha * self.probe.balance_loss(inputs["position_ids"], config.batch_tokens)
         return loss
 
-    def _mtp_loss(self, model, hidden: torch.Tensor, inputs: dict[str, torch.Tensor], num_items) -> torch.Tensor:
-        """Cross-entropy of token t + 2 inside the same sample, summed and divided as TRL divides its own."""
-        positions = inputs["position_ids"]
-        predicted = model.mtp_hidden_states(hidden, inputs["input_ids"], positions)[:, :-1]
-        same_sample = positions[:, 2:] == positions[:, :-2] + 2
-        labels = inputs["labels"][:, 2:].masked_fill(~same_sample, IGNORE)
-        logits = model.lm_head(predicted).float()
-        total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        count = (labels != IGNORE).sum() if num_items is None else num_items
-        return total / torch.as_tensor(count).clamp(min=1)
+    def _mtp_loss(self, model, inputs: dict[str, torch.Tensor], num_items) -> torch.Tensor:
+        """Mean over the modules of their cross-entropy, summed and divided as TRL divides its own."""
+        found = self.mtp_predictions(model, inputs["input_ids"], inputs["position_ids"], inputs["labels"])
+        counts = [one.labelled.sum() if num_items is None else torch.as_tensor(num_items) for one in found]
+        return sum(one.losses.sum() / count.clamp(min=1)
+                   for one, count in zip(found, counts, strict=True)) / len(found)
 
 
 def _optimizer(model, config: TrainConfig) -> torch.optim.Optimizer | None:
@@ -121,5 +109,5 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
     (out / "curve.jsonl").write_text(curve.read_text())
     tail = rows[-max(1, len(rows) // 10):]
     return {"steps": len(rows), **{key: sum(row[key] for row in tail) / len(tail)
-                                   for key in ("loss", "mtp_loss", "mean_token_accuracy", "max_violation")
-                                   if key in tail[-1]}}
+                                   for key in ("loss", "mtp_loss", "mtp_accuracy", "mean_token_accuracy",
+                                               "max_violation") if key in tail[-1]}}

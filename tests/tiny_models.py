@@ -19,12 +19,14 @@ def tiny_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
     return train_tokenizer(TEXTS, VOCAB, max_length)
 
 
-def tiny_policy(seed: int = 0, *, hidden_size: int = 32, layers: int = 3, max_length: int = 128) -> PreTrainedModel:
+def tiny_policy(seed: int = 0, *, hidden_size: int = 32, layers: int = 3, max_length: int = 128,
+                mtp_depth: int = 1) -> PreTrainedModel:
     """Three layers of which two are MoE with 8 experts, and the MTP module; the balance biases are not zero."""
     tokenizer = tiny_tokenizer(max_length)
     config = tiny_config(hidden_size=hidden_size, layers=layers, routed_experts=8, vocab_size=VOCAB,
-                         max_length=max_length, token_ids={f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-                                                           for name in ("bos", "eos", "pad")})
+                         max_length=max_length, mtp_depth=mtp_depth,
+                         token_ids={f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+                                    for name in ("bos", "eos", "pad")})
     model = new_policy(config, seed)
     scatter_biases(model, seed)
     return model

@@ -62,9 +62,9 @@ def _train_tiny(context: StageContext) -> StageResult:
                  for document in documents]
         tokenizer = train_tokenizer(texts, shape.vocab_size, model_config.max_length)
         config = tiny_config(hidden_size=shape.hidden_size, layers=shape.layers, routed_experts=shape.routed_experts,
-                             vocab_size=shape.vocab_size, max_length=model_config.max_length, token_ids={
-                                 f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in
-                                 ("bos", "eos", "pad")})
+                             vocab_size=shape.vocab_size, max_length=model_config.max_length, mtp_depth=shape.mtp_depth,
+                             token_ids={f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in
+                                        ("bos", "eos", "pad")})
         save_policy(new_policy(config, context.seed), tokenizer, start)
     counts = _write_lessons(context, load_tokenizer(start), documents)
     metrics = train_sft(train, start=start, packs=context.work / "packs.parquet", out=context.out, work=context.work,

@@ -71,6 +71,11 @@ def test_a_share_of_an_unknown_domain_is_named(write, path, share):
     (["engine.return_routes=true"], r"return_routes needs gpus \(got 0\)"),
     (["engine.return_routes=true", "engine.gpus=1", "rl.routing_replay=false", "expert.rl.routing_replay=false"],
      r"engine\.return_routes is for rl\.routing_replay or expert\.rl\.routing_replay"),
+    (["model.source.mtp_depth=0", "engine.draft=true"], r"engine\.draft True needs an MTP module; .*mtp_depth is 0"),
+    (["model.source.mtp_depth=0", "rl.mtp_lambda=0.1"], r"rl\.mtp_lambda 0\.1 needs an MTP module"),
+    (["sft.mtp_lambda=0", "sft.mtp_trunk_gradient=false"], r"sft: .*mtp_trunk_gradient false needs an mtp_lambda"),
+    (["rl.mtp_trunk_gradient=true"], r"rl: .*mtp_trunk_gradient true needs an mtp_lambda"),
+    (["engine.draft=true", "engine.return_routes=true", "engine.gpus=1"], r"draft true with return_routes true"),
     (["model={source: {type: pretrained, id: x/y}, dtype: bfloat16}"], r"engine\.max_logprob_error 0\.0001 .*bfloat16"),
 ])
 def test_sections_that_cannot_work_together_are_an_error_before_anything_starts(changes, message):

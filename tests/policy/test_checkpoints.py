@@ -111,3 +111,19 @@ def test_a_bfloat16_policy_comes_back_bit_for_bit_with_its_bias_in_float32(folde
     for name, tensor in model.state_dict().items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(tensor, loaded[name]), name
         assert tensor.dtype == (torch.float32 if name.endswith("correction_bias") else torch.bfloat16)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_other_depths_of_mtp_come_back_bit_for_bit_and_transformers_reads_the_rest(depth, tmp_path):
+    model = tiny_policy(mtp_depth=depth).eval()
+    save_policy(model, tiny_tokenizer(), tmp_path)
+    loaded = load_policy(tmp_path).eval()
+    assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, loaded.state_dict()[name])
+            ] == []
+    on_disk = set(load_file(tmp_path / "model.safetensors"))
+    modules = {name.split(".")[2] for name in on_disk if name.endswith("shared_head.head.weight")}
+    assert modules == {str(3 + module) for module in range(depth)}
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == depth
+    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS, use_cache=False).logits, theirs(IDS, use_cache=False).logits)

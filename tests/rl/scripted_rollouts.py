@@ -30,6 +30,8 @@ class ScriptedEngine:
     `router_noise` moves its own routers, as rounding would.
     """
 
+    drafts = False
+
     def __init__(self, start: Path, folder: Path, shift: float = 0.0, stale: bool = False, room: int = 128,
                  routes: bool = False, router_noise: float = 0.0) -> None:
         self.model: PreTrainedModel = load_policy(start).eval()

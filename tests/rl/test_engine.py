@@ -12,10 +12,10 @@ from tiny_models import save_tiny, scatter_biases, tiny_policy, tiny_tokenizer
 
 from pipeline.recipe import EngineConfig
 from pipeline.stage import StageError
-from policy.model import export_tensors, save_policy
+from policy.model import save_policy
 from policy.shards import checksum
 from rl.engine import Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
-from rl.sync import PROBE_LENGTHS, _is_mtp, _prove, logprob_error, prove_checkpoint, sync_weights
+from rl.sync import PROBE_LENGTHS, _prove, engine_tensors, logprob_error, prove_checkpoint, sync_weights
 
 ROOT = Path(__file__).parents[2]
 LENGTH, BOUND = 64, 1e-4
@@ -50,9 +50,9 @@ def changed_policy(seed):
     return model.eval()
 
 
-def sent(model):
+def sent(model, engine):
     """What a sync sends, and its checksums."""
-    tensors = {name: tensor.clone() for name, tensor in export_tensors(model) if not _is_mtp(model, name)}
+    tensors = {name: tensor.clone() for name, tensor in engine_tensors(model, engine).items()}
     return tensors, {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
@@ -67,7 +67,7 @@ def test_a_sync_of_new_weights_and_biases_is_proved(engine, seed):
     assert logprob_error(model, engine, BOUND) > 1000 * BOUND  # the engine still has other weights
     proof = sync_weights(model, engine, seed, BOUND)
     assert proof.max_logprob_error <= BOUND
-    tensors, checksums = sent(model)
+    tensors, checksums = sent(model, engine)
     held = engine.read_back({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2 and set(biases) <= set(held)
@@ -88,7 +88,7 @@ def test_the_biases_alone_change_what_the_engine_computes(engine):
 
 def test_an_expert_that_differs_is_caught_by_the_log_probs(engine):
     model = changed_policy(3)
-    tensors, checksums = sent(model)
+    tensors, checksums = sent(model, engine)
     wrong = {name: tensor * (3 if ".experts." in name else 1) for name, tensor in tensors.items()}
     engine.update(wrong, sent_checksums(wrong), 3)
     with pytest.raises(StageError, match="log-probs of the fixed prompts differ by .*max_logprob_error is 0.0001"):
@@ -98,7 +98,7 @@ def test_an_expert_that_differs_is_caught_by_the_log_probs(engine):
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.gate.e_score_correction_bias", "model.norm.weight"])
 def test_a_tensor_that_differs_is_named(engine, name):
     model = changed_policy(3)
-    tensors, checksums = sent(model)
+    tensors, checksums = sent(model, engine)
     wrong = {**tensors, name: tensors[name] + 0.01}
     engine.update(wrong, sent_checksums(wrong), 3)
     with pytest.raises(StageError, match=f"does not hold the trainer's \\['{name}'\\] \\(1 tensors\\)"):
@@ -112,7 +112,7 @@ def sent_checksums(tensors):
 def test_a_tensor_damaged_on_the_way_is_named_and_nothing_is_loaded(engine):
     model = changed_policy(1)
     sync_weights(model, engine, 1, BOUND)
-    tensors, checksums = sent(changed_policy(2))
+    tensors, checksums = sent(changed_policy(2), engine)
     with pytest.raises(StageError, match="lm_head.weight arrived damaged"):
         engine.update(tensors, {**checksums, "lm_head.weight": "0" * 16}, 2)
     assert logprob_error(model, engine, BOUND) <= BOUND

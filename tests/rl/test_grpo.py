@@ -120,6 +120,62 @@ def test_the_gradient_does_not_depend_on_device_batch(tmp_path, start, device_ba
     assert_same(first_gradient(tmp_path / "four", start, scorer=scorer), other)
 
 
+def mtp_names(gradient):
+    return {name for name in gradient if name.startswith("model.layers.3.")}
+
+
+def test_an_mtp_loss_kept_from_the_trunk_leaves_its_gradient_as_it_is_bit_for_bit(tmp_path, start):
+    without = first_gradient(tmp_path / "without", start)
+    apart = first_gradient(tmp_path / "apart", start, mtp_lambda=0.3)
+    assert not mtp_names(without) and mtp_names(apart) == apart.keys() - without.keys()
+    assert all(torch.equal(without[name], apart[name]) for name in without)
+    assert apart["model.layers.3.eh_proj.weight"].abs().max() > 0
+    joined = first_gradient(tmp_path / "joined", start, mtp_lambda=0.3, mtp_trunk_gradient=True)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert not torch.equal(without[name], joined[name])
+
+
+def test_a_policy_trains_the_same_beside_an_mtp_module_kept_apart(tmp_path, start):
+    """Over clipped steps, to the last bit; the module itself learns."""
+    for name, mtp in (("without", 0.0), ("apart", 0.5)):
+        train(tmp_path / name, start, mtp_lambda=mtp, max_grad_norm=0.01, learning_rate=1e-2, steps=3)
+    states = [load_policy(tmp_path / name / "out/checkpoint").state_dict() for name in ("without", "apart")]
+    differ = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert differ and differ == mtp_names(differ)
+    curve = read_curve(tmp_path / "apart/out/curve.jsonl")
+    assert all({"mtp_loss", "mtp_accuracy", "mtp_grad_norm"} <= row.keys() for row in curve)
+
+
+def test_the_mtp_loss_is_the_cross_entropy_of_completion_tokens_averaged_by_row(tmp_path, start):
+    trainer = make_trainer(tmp_path, start, by_group(MIXED, (1.0,) * 4, MIXED, (0.0,) * 4), steps=1, mtp_lambda=1.0)
+    trainer.train()
+    kept = []
+    model = load_policy(start)
+    for prompt_ids, generation, _ in trainer._kept:
+        ids = torch.tensor([[*prompt_ids, *generation.token_ids]])
+        positions = torch.arange(ids.shape[1])[None]
+        with torch.no_grad():
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            logprobs = torch.log_softmax(model.lm_head(model.mtp_hidden_states(hidden, ids, positions)), -1)
+        count = len(generation.token_ids)
+        kept.append(-logprobs[0, -count - 1:-1].gather(1, ids[0, -count:, None]).mean().item())
+    curve = read_curve(tmp_path / "work/curve.jsonl")
+    assert len(kept) == 8 and curve[0]["mtp_loss"] == pytest.approx(sum(kept) / 8, rel=1e-5)
+
+
+def test_an_mtp_loss_without_an_mtp_module_is_refused(tmp_path):
+    plain = save_tiny(tmp_path / "plain", mtp_depth=0)
+    with pytest.raises(StageError, match="rl.mtp_lambda 0.1 needs a model with an MTP module"):
+        make_trainer(tmp_path, plain, mtp_lambda=0.1)
+
+
+@pytest.mark.parametrize("device_batch", [2, 16])
+def test_the_mtp_gradient_does_not_depend_on_device_batch(tmp_path, start, device_batch):
+    four, other = (first_gradient(tmp_path / str(size), start, mtp_lambda=0.3, device_batch=size)
+                   for size in (4, device_batch))
+    assert_same({name: four[name] for name in mtp_names(four)}, {name: other[name] for name in mtp_names(other)})
+
+
 def test_losses_do_not_depend_on_device_batch_over_steps(tmp_path, start):
     curves = []
     for size in (4, 8):

@@ -29,6 +29,7 @@ SIGNATURES = {
     GRPOTrainer.training_step: "(self, model, inputs, num_items_in_batch)",
     DeepseekV3TopkRouter.forward: "(self, hidden_states)",
     Trainer._save: "(self, output_dir=None, state_dict=None)",
+    Trainer._clip_grad_norm: "(self, model)",
     Trainer._load_from_checkpoint: "(self, resume_from_checkpoint, model=None)",
     TrainerCallback.on_save: "(self, args, state, control, **kwargs)",
     TrainerCallback.on_optimizer_step: "(self, args, state, control, **kwargs)",
@@ -48,7 +49,7 @@ def test_overrides_take_the_parameters_of_what_they_override(ours):
     overridden = [name for cls in ours.__mro__[:2] for name in vars(cls)
                   if not name.startswith("__") and hasattr(ours.__mro__[2], name)
                   and callable(getattr(ours, name))]
-    assert {"compute_loss", "_save", "_load_from_checkpoint"} <= set(overridden)
+    assert {"compute_loss", "_save", "_load_from_checkpoint", "_clip_grad_norm"} <= set(overridden)
     for name in overridden:
         mine, theirs = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (ours, ours.__mro__[2]))
         if mine[-1] == "options":  # the rest is passed on by name
@@ -81,6 +82,8 @@ def test_the_grpo_trainer_still_keeps_the_attributes_ours_reads_and_sets(line):
     (GRPOTrainer._compute_loss, "normalizer = self.current_gradient_accumulation_steps"),
     # the sum over tokens divided by those of the whole step: what the MTP loss imitates
     (SFTTrainer.compute_loss, "loss = per_token_loss.sum() / torch.as_tensor(num_tokens).clamp(min=1)"),
+    # the norm the curve shows is the one that was clipped
+    (Trainer._run_epoch, "grad_norm = self._clip_grad_norm(model)"),
     (Trainer._save_checkpoint, "self.save_model(output_dir, _internal_call=True)"),
 ])
 def test_the_library_still_does_what_an_override_relies_on(method, line):

@@ -83,6 +83,53 @@ def test_the_first_loss_is_cross_entropy_plus_mtp_plus_balance(tmp_path, start, 
     assert 3 * 0.9 < balance < 3 * 1.5  # three routers, each near 1 when its load is even
 
 
+def test_two_mtp_modules_follow_one_another_and_share_the_weight(tmp_path, packs):
+    start = save_tiny(tmp_path / "start", mtp_depth=2)
+    rows = pq.read_table(packs).to_pylist()
+    curve = train(tmp_path, start, packs, batch_tokens=len(rows) * PACK, packs_per_device=len(rows), max_steps=1,
+                  warmup_steps=0)
+    ids, labels, positions = (torch.tensor([row[key] for row in rows])
+                              for key in ("input_ids", "labels", "position_ids"))
+    model, total, seen = load_policy(start), 0.0, 0
+    with torch.no_grad():
+        states = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
+        for depth in (1, 2):
+            states = model.mtp_hidden_states(states, ids, positions, depth=depth)
+            logprobs = torch.log_softmax(model.lm_head(states), -1)
+            right, seen = 0, 0
+            for row in range(len(rows)):
+                for t in range(PACK - depth - 1):
+                    label = labels[row, t + depth + 1]
+                    if positions[row, t + depth + 1] == positions[row, t] + depth + 1 and label != IGNORE:
+                        total -= float(logprobs[row, t, label])
+                        right, seen = right + int(logprobs[row, t].argmax() == label), seen + 1
+            assert curve[0]["mtp_accuracy" if depth == 1 else "mtp_accuracy_2"] == pytest.approx(right / seen)
+    count = int((labels[:, 1:] != IGNORE).sum())
+    assert curve[0]["mtp_loss"] == pytest.approx(total / 2 / count, rel=1e-5)
+    before, after = load_policy(start).state_dict(), load_policy(tmp_path / "out/checkpoint").state_dict()
+    for module in (3, 4):
+        assert not torch.equal(before[f"model.layers.{module}.eh_proj.weight"],
+                               after[f"model.layers.{module}.eh_proj.weight"])
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"muon_learning_rate": 0.01}], ids=["adamw", "muon"])
+def test_without_trunk_gradient_the_main_model_trains_bit_for_bit_as_without_mtp(tmp_path, start, packs, optimizer):
+    """Gradients are clipped in every step, and the packs of a step go one by one."""
+    runs = {"without": {"mtp_lambda": 0.0}, "apart": {"mtp_lambda": 0.3, "mtp_trunk_gradient": False},
+            "joined": {"mtp_lambda": 0.3}}
+    states, curves = {}, {}
+    for name, changes in runs.items():
+        curves[name] = train(tmp_path / name, start, packs, packs_per_device=2, max_steps=3, max_grad_norm=0.1,
+                             balance_alpha=0.0, **optimizer, **changes)
+        states[name] = load_policy(tmp_path / name / "out/checkpoint").state_dict()
+    differ = {name: {key for key in states["without"] if not torch.equal(states["without"][key], states[name][key])}
+              for name in ("apart", "joined")}
+    assert differ["apart"] and all(key.startswith("model.layers.3.") for key in differ["apart"])
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= differ["joined"]
+    assert [row["grad_norm"] for row in curves["apart"]] == [row["grad_norm"] for row in curves["without"]]
+    assert curves["apart"][0]["grad_norm"] > 0.1 and "mtp_loss" not in curves["without"][0]
+
+
 @pytest.mark.parametrize("optimizer", [{}, {"muon_learning_rate": 0.01}], ids=["adamw", "muon"])
 def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path, start, packs, optimizer):
     unbroken = train(tmp_path / "unbroken", start, packs, **optimizer)
