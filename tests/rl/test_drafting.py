@@ -15,7 +15,7 @@ from pipeline.stage import StageError
 from policy.model import load_policy, save_policy
 from policy.mtp import is_mtp, predictions
 from policy.shards import checksum
-from rl.engine import Request, Sampling, open_engine
+from rl.engine import Request, Sampling, _stop_others, open_engine
 from rl.sync import _prove, engine_tensors, prove_checkpoint, sync_weights
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def engine(folder):
                  runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     opened = open_engine(folder, CONFIG, dtype="float32", max_length=LENGTH, seed=0, role="drafting")
     yield opened
-    ray.kill(opened.actor)
+    _stop_others("engine-drafting-")  # ends its actor and forgets it
     if mine:
         ray.shutdown()
 
@@ -212,7 +212,7 @@ def test_the_benchmark_measures_acceptance_and_speed(engine, folder, monkeypatch
     assert len(asked) == 4
     rows = mtp_drafting.measure("tiny", engine, engine, requests(4), 2, Sampling(0.0, 12), rounds=1)
     assert [unit for _, _, unit in rows] == ["%", "tokens/s", "tokens/s", "x"]
-    assert 0 < rows[0][1] < 100 and min(figure for _, figure, _ in rows) > 0
+    assert 0 < rows[0][1] <= 100 and min(figure for _, figure, _ in rows) > 0
     with pytest.raises(SystemExit, match="neither a checkpoint"):
         mtp_drafting.checkpoints(ROOT / "recipes")
 
