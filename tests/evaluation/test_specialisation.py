@@ -1,9 +1,16 @@
+import json
+
 import pytest
 import torch
-from tiny_models import tiny_policy
+from tiny_models import Quiet, save_tiny, tiny_policy, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluation.specialisation import _batches, expert_load, specialisation
+from pipeline.recipe import ModelConfig, TinyModel
+from pipeline.records import Sample
+from pipeline.stage import StageContext
+from policy.tokenizer import completion_ids, prompt_ids
+from workflows.ending import ROUTED_TEXTS, _write_expert_load
 
 
 def test_loads_are_counted_per_domain_and_layer_whatever_is_padded_beside_a_text():
@@ -35,3 +42,18 @@ def test_a_dense_model_has_no_expert_load():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=2))
     assert expert_load(model, {"math": [[1, 2]]}) is None
+
+
+def test_the_evaluation_writes_the_load_of_the_final_policys_answers(tmp_path):
+    save_tiny(tmp_path / "rl/checkpoint")
+    messages = ({"role": "user", "content": "What is 17 + 25?"},)
+    answers = {domain: [Sample(f"{domain}{index}", "p", domain, "original", messages, "the answer", "c", "{}", "stop",
+                               1)] * count for index, (domain, count) in enumerate({"math": 2, "code": 100}.items())}
+    model = ModelConfig(source=TinyModel(), dtype="float32")
+    context = StageContext("evaluate", {"model": model}, {"rl": tmp_path / "rl"}, tmp_path, tmp_path, 0, Quiet())
+    _write_expert_load(context, answers)
+    found, tokenizer = json.loads((tmp_path / "expert_load.json").read_text()), tiny_tokenizer()
+    tokens = len(prompt_ids(tokenizer, messages)) + len(completion_ids(tokenizer, "the answer"))
+    assert found["layers"] == [1, 2]
+    for domain, texts in (("math", 2), ("code", ROUTED_TEXTS)):
+        assert [sum(counts) for counts in found["load"][domain]] == [2 * texts * tokens] * 2

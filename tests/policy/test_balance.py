@@ -1,5 +1,6 @@
 import pytest
 import torch
+import two_processes
 from tiny_models import tiny_policy
 
 from policy.balance import RouterProbe
@@ -164,30 +165,16 @@ def test_no_token_is_dropped_and_one_sent_to_no_expert_would_be_counted(model):
     assert probe.dropped() == 2
 
 
-def bias_of_half_the_packs(rank, folder):
-    """One of two processes: its half of the packs, then one bias update."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    own = tiny_policy().train()
-    probe = RouterProbe(own)
-    forward(own, probe, *(part[2 * rank:2 * rank + 2] for part in packs()))
-    probe.sum_over_ranks()
-    probe.update_bias(0.01)
-    torch.save(([router.e_score_correction_bias for router in probe.routers], probe.loads, probe.tokens),
-               f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_move_the_bias_by_the_load_of_both(tmp_path, model):
-    torch.multiprocessing.spawn(bias_of_half_the_packs, (str(tmp_path),), nprocs=2)
-    probe = RouterProbe(model)
-    forward(model, probe, *(part[:2] for part in packs()))
-    half = probe.loads.clone()
-    forward(model, probe, *(part[2:] for part in packs()))
+def test_two_processes_move_the_bias_by_the_load_of_both(tmp_path):
+    torch.multiprocessing.spawn(two_processes.work, (str(tmp_path),), nprocs=2)
+    gates, probe = two_processes.probed(slice(0, 4))
     probe.update_bias(0.01)
     for rank in range(2):
-        biases, loads, tokens = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(loads, probe.loads) and torch.equal(tokens, probe.tokens)
-        for bias, router in zip(biases, probe.routers, strict=True):
-            assert torch.equal(bias, router.e_score_correction_bias)
-    assert not torch.equal(torch.sign(half.float().mean(1, True) - half), torch.sign(
-        probe.loads.float().mean(1, True) - probe.loads))  # half the load alone would have moved it elsewhere
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(found["loads"], probe.loads) and torch.equal(found["tokens"], probe.tokens)
+        assert all(torch.equal(bias, gate.e_score_correction_bias) for bias, gate in zip(found["bias"], gates,
+                                                                                         strict=True))
+    for half in (slice(0, 2), slice(2, 4)):  # half the load alone would have moved it elsewhere
+        other, own = two_processes.probed(half)
+        own.update_bias(0.01)
+        assert not torch.equal(other[0].e_score_correction_bias, gates[0].e_score_correction_bias)
