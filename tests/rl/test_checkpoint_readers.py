@@ -100,18 +100,20 @@ def trainer(folders):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.no_grad()
-def test_transformers_computes_the_trainers_logits(folders, dtype):
-    """Equal with one way of computing experts; with the trainer's own a BF16 router that ties may choose otherwise."""
+def test_transformers_holds_the_trainers_tensors_and_computes_its_log_probs(folders, dtype):
+    """In BF16 a router that ties may choose otherwise, so there the median over positions is compared."""
     ours = load_policy(folders / dtype, dtype).eval()
     theirs = DeepseekV3ForCausalLM.from_pretrained(folders / dtype, dtype=dtype).eval()
-    batches = [torch.tensor([ids]) for ids in PROMPTS]
-    expected = [theirs(batch, use_cache=False).logits for batch in batches]
-    for batch, logits in zip(batches, expected, strict=True):
-        difference = ours(batch, use_cache=False).logits.log_softmax(-1) - logits.log_softmax(-1)
-        assert difference.abs().max() < TOLERANCE or dtype == "bfloat16"
-    ours.set_experts_implementation("grouped_mm")  # transformers' default
-    for batch, logits in zip(batches, expected, strict=True):
-        assert torch.equal(ours(batch, use_cache=False).logits, logits)
+    held = ours.state_dict()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in theirs.state_dict().items())
+    differences = []
+    for batch in (torch.tensor([ids]) for ids in PROMPTS):
+        logprobs = [model(batch, use_cache=False).logits[0].float().log_softmax(-1) for model in (ours, theirs)]
+        differences.append((logprobs[0] - logprobs[1]).abs().amax(-1))
+    if dtype == "float32":
+        assert torch.cat(differences).max() < TOLERANCE
+    else:
+        assert torch.cat(differences).median() < 0.05
 
 
 @torch.no_grad()
