@@ -133,6 +133,12 @@ class ModelConfig(Section):
         description="system prompt of the reasoning form, which asks for reflection and verification (section 5.1)")
 
 
+Recompute = Annotated[tuple[Literal["norm", "mla_up", "swiglu"], ...], Field(
+    description="what the backward pass computes again instead of keeping (sections 3.2.3 and 3.3.3)")]
+Decay = Annotated[float | None, Field(
+    gt=0, lt=1, description="of the average of the weights in CPU memory, exported as checkpoint-ema; null keeps none")]
+
+
 class TrainConfig(Section):
     """Supervised training. DeepSeek-V3 section 5.1: 2 epochs, cosine 5e-6 -> 1e-6; balance: section 2.1.2."""
 
@@ -151,6 +157,8 @@ class TrainConfig(Section):
     balance_alpha: Annotated[float, Field(ge=0)] = 1e-4
     bias_gamma: Annotated[float, Field(ge=0)] = 1e-3
     mtp_lambda: Annotated[float, Field(ge=0)] = 0.1
+    recompute: Recompute = ()
+    ema_decay: Decay = None
     save_steps: PositiveInt = 100
 
     @model_validator(mode="after")
@@ -194,6 +202,8 @@ class GrpoConfig(Section):
     importance_cap: PositiveFloat = Field(2.0, description="cap of the trainer/engine importance ratio (TIS)")
     max_drift: PositiveFloat = Field(0.1, description="stop when mean |trainer - engine| log-prob exceeds this")
     infra_error_budget: Fraction01 = 0.01
+    recompute: Recompute = ()
+    ema_decay: Decay = None
     save_steps: PositiveInt = 20
 
     @model_validator(mode="after")

@@ -20,7 +20,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline.artifacts import write_atomically
 from pipeline.stage import Progress
+from policy.average import WeightAverage
 from policy.balance import RouterProbe
+from policy.model import save_policy
 
 COMPLETE = "complete"  # marker file of a checkpoint that was fully written
 
@@ -29,12 +31,17 @@ class PolicyTrainer:
     """Mixin for `SFTTrainer` and `GRPOTrainer`; call `watch` after construction."""
 
     probe: RouterProbe
+    average: WeightAverage | None = None
 
-    def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None) -> None:
-        """Attach the router probe, the bias update and the curve file.
+    def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None,
+              ema_decay: float | None = None) -> None:
+        """Attach the router probe, the bias update, the curve file and, with `ema_decay`, the average of the weights.
 
         step_tokens: tokens of an optimizer step, for the rate shown; counted by TRL where they vary.
         """
+        if ema_decay is not None:
+            self.average = WeightAverage(self.accelerator.unwrap_model(self.model), ema_decay)
+            self.add_callback(self.average)
         self.probe = RouterProbe(self.model)
         self.add_callback(_Watch(self.probe, progress, curve, bias_gamma, step_tokens))
 
@@ -59,11 +66,23 @@ class PolicyTrainer:
         state = {name: tensor.detach().cpu().contiguous().clone()
                  for name, tensor in self.accelerator.unwrap_model(self.model).state_dict().items()}
         save_file(state, folder / "state.safetensors")
+        if self.average:
+            self.average.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Override of `Trainer._load_from_checkpoint`: strict, so a missing tensor is an error."""
         target = self.accelerator.unwrap_model(model or self.model)
         target.load_state_dict(load_file(Path(resume_from_checkpoint) / "state.safetensors"), strict=True)
+        if self.average:
+            self.average.load(Path(resume_from_checkpoint))
+
+    def save_result(self, out: Path) -> None:
+        """Write `out/checkpoint`; where an average is kept `out/checkpoint-ema` too, which the model then holds."""
+        model = self.accelerator.unwrap_model(self.model)
+        save_policy(model, self.processing_class, out / "checkpoint")
+        if self.average:
+            self.average.replace_weights()
+            save_policy(model, self.processing_class, out / "checkpoint-ema")
 
 
 def last_checkpoint(folder: Path) -> str | None:
