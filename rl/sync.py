@@ -8,6 +8,7 @@ back and compared; and the log-probs of fixed prompts agree between engine and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def _prove(model: PreTrainedModel, engine: RolloutEngine, tensors: dict[str, tor
 
 
 @torch.no_grad()
-def logprob_error(model: PreTrainedModel, engine: RolloutEngine, bound: float) -> float:
-    """Largest |trainer - engine| log-prob over the tokens of three fixed prompts.
+def logprob_error(model: PreTrainedModel, engine: RolloutEngine, bound: float,
+                  lengths: Sequence[int] = PROBE_LENGTHS) -> float:
+    """Largest |trainer - engine| log-prob over the tokens of fixed prompts, one of each length.
 
     A router compares: where two experts (or groups) tie to within rounding, trainer and engine may each be right and
     still far apart. Positions that the trainer itself moves beyond `bound` when its input moves by rounding are left
@@ -73,7 +75,7 @@ def logprob_error(model: PreTrainedModel, engine: RolloutEngine, bound: float) -
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, min(model.config.vocab_size, 50_000), (length,), generator=generator).tolist()
-               for length in PROBE_LENGTHS]
+               for length in lengths]
     tokens = [torch.tensor(ids, device=model.device) for ids in prompts]
     embedded = [model.get_input_embeddings()(ids) for ids in tokens]
     ours = [_logprobs(model, ids, inputs) for ids, inputs in zip(tokens, embedded, strict=True)]
