@@ -106,6 +106,8 @@ class TinyModel(Section):
     routed_experts: Annotated[int, Field(ge=4)] = 16
     vocab_size: Annotated[int, Field(ge=300)] = 1024
     mtp_depth: Annotated[int, Field(ge=0)] = Field(1, description="modules of multi-token prediction (section 2.2)")
+    context_length: PositiveInt | None = Field(None, description="of the base, where an extend section lengthens it to "
+                                               "model.max_length")
     drill_steps: Annotated[int, Field(ge=0)] = Field(200, description="optimizer steps on rows to repeat, first of all")
 
     @field_validator("routed_experts")
@@ -134,6 +136,12 @@ class ModelConfig(Section):
         description="system prompt of the reasoning form, which asks for reflection and verification (section 5.1)")
 
 
+Recompute = Annotated[tuple[Literal["norm", "mla_up", "swiglu"], ...], Field(
+    description="what the backward pass computes again instead of keeping (sections 3.2.3 and 3.3.3)")]
+Decay = Annotated[float | None, Field(
+    gt=0, lt=1, description="of the average of the weights in CPU memory, exported as checkpoint-ema; null keeps none")]
+
+
 class TrainConfig(Section):
     """Supervised training. DeepSeek-V3 section 5.1: 2 epochs, cosine 5e-6 -> 1e-6; balance: section 2.1.2."""
 
@@ -155,6 +163,8 @@ class TrainConfig(Section):
                                                       "MTP modules")
     mtp_trunk_gradient: bool = Field(True, description="whether the MTP loss trains the main model too, and the "
                                      "embedding and head it shares; false: its modules alone")
+    recompute: Recompute = ()
+    ema_decay: Decay = None
     save_steps: PositiveInt = 100
 
     @model_validator(mode="after")
@@ -166,6 +176,35 @@ class TrainConfig(Section):
                              f"(got {self.batch_tokens} and {self.pack_length} x {self.packs_per_device})")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        return self
+
+
+class YarnConfig(Section):
+    """YaRN (arXiv 2309.00071) with the figures of DeepSeek-V3 section 4.3."""
+
+    factor: Annotated[int, Field(ge=2)] = Field(40, description="times the length the base model was trained for")
+    beta_fast: PositiveFloat = 32
+    beta_slow: PositiveFloat = 1
+    mscale: PositiveFloat = 1.0
+
+
+class ExtendConfig(Section):
+    """Context extension (section 4.3): two phases of 1000 steps, 1920 sequences of 32K, then 480 of 128K."""
+
+    yarn: YarnConfig = YarnConfig()
+    phases: Annotated[tuple[TrainConfig, ...], Field(min_length=1)] = tuple(
+        TrainConfig(max_steps=1000, learning_rate=7.3e-6, min_learning_rate=7.3e-6, pack_length=length,
+                    batch_tokens=sequences * length) for length, sequences in ((32768, 1920), (131072, 480)))
+    documents: LocalPath | None = Field(None, description="JSONL rows of {text: a long document} to train on beside "
+                                        "the needles; the corpus, several of its documents to a row, when left out")
+    needle_share: Fraction01 = Field(0.5, description="of the tokens trained on, facts to find in a long context")
+    needles: PositiveInt = Field(20, description="contexts per length and depth that measure retrieval")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExtendConfig:
+        for index, phase in enumerate(self.phases):
+            if phase.max_steps is None:
+                raise ValueError(f"phases.{index}.max_steps: give a number, as rows are made for so many steps")
         return self
 
 
@@ -206,6 +245,8 @@ class GrpoConfig(Section):
     importance_cap: PositiveFloat = Field(2.0, description="cap of the trainer/engine importance ratio (TIS)")
     max_drift: PositiveFloat = Field(0.1, description="stop when mean |trainer - engine| log-prob exceeds this")
     infra_error_budget: Fraction01 = 0.01
+    recompute: Recompute = ()
+    ema_decay: Decay = None
     save_steps: PositiveInt = 20
 
     @model_validator(mode="after")
@@ -333,6 +374,8 @@ class Recipe(Section):
     domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
     engine: EngineConfig = EngineConfig()
     base: TrainConfig = Field(TrainConfig(), description="pre-training of the tiny model; unused by a pretrained one")
+    extend: ExtendConfig | None = Field(None, description="context extension of the base; none by default, as released "
+                                        "models come extended")
     expert: ExpertConfig = ExpertConfig()
     generate: GenerateConfig = GenerateConfig()
     reject: RejectConfig = RejectConfig()
@@ -365,9 +408,29 @@ class Recipe(Section):
                                  ("expert.rl.mtp_lambda", self.expert.rl.mtp_lambda)):
                 if wanted:
                     raise ValueError(f"{path} {wanted} needs an MTP module; model.source.mtp_depth is 0")
+        if self.model.source.type == "tiny":
+            self._check_tiny_context(self.model.source.context_length)
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
         if self.model.dtype == "bfloat16" and self.engine.max_logprob_error < BFLOAT16_ERROR:
             raise ValueError(f"engine.max_logprob_error {self.engine.max_logprob_error:g} is below what bfloat16 can "
                              f"hold; give at least {BFLOAT16_ERROR:g}, or model.dtype float32")
         return self
+
+    def _check_tiny_context(self, length: int | None) -> None:
+        """A tiny base has a short context if and only if a section lengthens it, far enough for the rest of the run."""
+        if (self.extend is None) != (length is None):
+            raise ValueError("model.source.context_length and extend belong together: the one gives the tiny base a "
+                             f"short context, the other lengthens it (got {length} and "
+                             f"{'no section' if self.extend is None else 'a section'})")
+        if self.extend is None or length is None:
+            return
+        reached = length * self.extend.yarn.factor
+        if reached < self.model.max_length:
+            raise ValueError(f"extend.yarn.factor {self.extend.yarn.factor} makes {reached} tokens of model.source."
+                             f"context_length {length}, fewer than model.max_length {self.model.max_length}")
+        for path, pack, most in (("base.pack_length", self.base.pack_length, length),
+                                 *((f"extend.phases.{index}.pack_length", phase.pack_length, reached)
+                                   for index, phase in enumerate(self.extend.phases))):
+            if pack > most:
+                raise ValueError(f"{path} {pack} is above the context of that model, {most}; lower it")

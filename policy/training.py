@@ -21,7 +21,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from pipeline.artifacts import write_atomically
 from pipeline.recipe import GrpoConfig, TrainConfig
 from pipeline.stage import Progress
+from policy.average import WeightAverage
 from policy.balance import RouterProbe, max_violation
+from policy.model import save_policy
 from policy.mtp import Prediction, is_mtp, mtp_depth, predictions
 from policy.replay import RouteReplay
 
@@ -35,12 +37,17 @@ class PolicyTrainer:
     probe: RouterProbe
     replay: RouteReplay | None = None  # set by a trainer that replays routes
     _last_hidden: torch.Tensor | None = None  # [batch, tokens, hidden] of the last pass with gradient
+    average: WeightAverage | None = None
 
-    def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None) -> None:
-        """Attach the router probe, the bias update and the curve file.
+    def watch(self, progress: Progress, curve: Path, bias_gamma: float, step_tokens: int | None = None,
+              ema_decay: float | None = None) -> None:
+        """Attach the router probe, the bias update, the curve file and, with `ema_decay`, the average of the weights.
 
         step_tokens: tokens of an optimizer step, for the rate shown; counted by TRL where they vary.
         """
+        if ema_decay is not None:
+            self.average = WeightAverage(self.accelerator.unwrap_model(self.model), ema_decay)
+            self.add_callback(self.average)
         self.probe = RouterProbe(self.model)
         if self.trains_mtp:
             self.model.base_model.register_forward_hook(self._keep_hidden)
@@ -99,11 +106,23 @@ class PolicyTrainer:
         state = {name: tensor.detach().cpu().contiguous().clone()
                  for name, tensor in self.accelerator.unwrap_model(self.model).state_dict().items()}
         save_file(state, folder / "state.safetensors")
+        if self.average:
+            self.average.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Override of `Trainer._load_from_checkpoint`: strict, so a missing tensor is an error."""
         target = self.accelerator.unwrap_model(model or self.model)
         target.load_state_dict(load_file(Path(resume_from_checkpoint) / "state.safetensors"), strict=True)
+        if self.average:
+            self.average.load(Path(resume_from_checkpoint))
+
+    def save_result(self, out: Path) -> None:
+        """Write `out/checkpoint`; where an average is kept `out/checkpoint-ema` too, which the model then holds."""
+        model = self.accelerator.unwrap_model(self.model)
+        save_policy(model, self.processing_class, out / "checkpoint")
+        if self.average:
+            self.average.replace_weights()
+            save_policy(model, self.processing_class, out / "checkpoint-ema")
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from pipeline.recipe import GrpoConfig
 from pipeline.records import Rollout, read_table, write_table
 from pipeline.stage import Progress, StageError
-from policy.model import load_policy, save_policy
+from policy.model import load_policy
+from policy.recompute import recompute
 from policy.tokenizer import load_tokenizer
 from policy.training import read_curve, torch_threads
 from rl.engine import RolloutEngine
@@ -25,20 +26,22 @@ def train_grpo(config: GrpoConfig, *, start: Path, prompts: Sequence[Prompt], en
                ) -> tuple[dict[str, float], dict[str, int]]:
     """Train the policy in `start`; the same folder is the KL reference.
 
-    Writes `out/checkpoint`, `curve.jsonl`, `rollouts.parquet`, `ledger.jsonl`; returns metrics and the count of
-    prompts by what became of them. Raises StageError when sync, drift or infrastructure gates close.
+    Writes `out/checkpoint`, with `ema_decay` `out/checkpoint-ema`, `curve.jsonl`, `rollouts.parquet`, `ledger.jsonl`;
+    returns metrics and the count of prompts by what became of them. Raises StageError when sync, drift or
+    infrastructure gates close.
     """
     if not prompts:
         raise StageError("rl: no prompts; give the domains rows in the rl split (domains.NAME.splits.rl)")
     torch_threads()
     tokenizer = load_tokenizer(start)
-    trainer = VerifiedGRPOTrainer(config, prompts, engine, scorer, load_policy(start, dtype), tokenizer, work, seed,
-                                  max_logprob_error)
+    model = load_policy(start, dtype)
+    recompute(model, config.recompute)
+    trainer = VerifiedGRPOTrainer(config, prompts, engine, scorer, model, tokenizer, work, seed, max_logprob_error)
     curve = work / "curve.jsonl"
-    trainer.watch(progress, curve, config.bias_gamma)
+    trainer.watch(progress, curve, config.bias_gamma, ema_decay=config.ema_decay)
     trainer.add_callback(_ReplaceReference(trainer, config.reference_steps * config.mini_batches))
     trainer.train_to_the_end(work)
-    save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out / "checkpoint")
+    trainer.save_result(out)
     rows = read_curve(curve)
     (out / "curve.jsonl").write_text(curve.read_text())
     (out / LEDGER).write_text("".join(file.read_text() for file in sorted((work / ROLLOUTS).glob("*.jsonl"))))

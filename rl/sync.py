@@ -9,7 +9,7 @@ as well: stale drafts change no text, so nothing else would tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +79,11 @@ def _prove(model: PreTrainedModel, engine: RolloutEngine, tensors: dict[str, tor
 
 
 @torch.no_grad()
-def logprob_error(model: PreTrainedModel, engine: RolloutEngine, bound: float, drafter: bool = False) -> float:
-    """Largest |trainer - engine| log-prob over the tokens of three fixed prompts; of the first MTP module on demand.
+def logprob_error(model: PreTrainedModel, engine: RolloutEngine, bound: float, drafter: bool = False,
+                  lengths: Sequence[int] = PROBE_LENGTHS) -> float:
+    """Largest |trainer - engine| log-prob over the tokens of fixed prompts, one of each length.
+
+    `drafter` compares the first MTP module instead.
 
     A router compares: where two experts (or groups) tie to within rounding, trainer and engine may each be right and
     still far apart. Positions that the trainer itself moves beyond `bound` when its input moves by rounding are left
@@ -88,7 +91,7 @@ def logprob_error(model: PreTrainedModel, engine: RolloutEngine, bound: float, d
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, min(model.config.vocab_size, 50_000), (length,), generator=generator).tolist()
-               for length in PROBE_LENGTHS]
+               for length in lengths]
     tokens = [torch.tensor(ids, device=model.device) for ids in prompts]
     embedded = [model.get_input_embeddings()(ids) for ids in tokens]
     logprobs, answers = (_draft_logprobs, engine.draft_logprobs) if drafter else (_logprobs, engine.prompt_logprobs)

@@ -18,7 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.recipe import TrainConfig
 from pipeline.stage import Progress, StageError
 from policy.kernels.logprob import add_logprob_head
-from policy.model import load_policy, save_policy
+from policy.model import load_policy
+from policy.recompute import recompute
 from policy.tokenizer import load_tokenizer
 from policy.training import PolicyTrainer, read_curve, torch_threads
 from sft.optimizer import MuonWithAdamW
@@ -72,14 +73,15 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
 
     `in_order` takes the packs as they stand in the file (a curriculum) instead of shuffling them.
 
-    Writes `out/checkpoint` and `out/curve.jsonl`; returns final metrics. Raises StageError when there are
-    no packs, or when the loss stops being finite.
+    Writes `out/checkpoint`, with `ema_decay` `out/checkpoint-ema`, and `out/curve.jsonl`; returns final metrics.
+    Raises StageError when there are no packs, or when the loss stops being finite.
     """
     torch_threads()
     if not pq.read_metadata(packs).num_rows:
         raise StageError(f"{packs}: no packs to train on; no sample was kept")
     tokenizer = load_tokenizer(start)
     model = load_policy(start, dtype)
+    recompute(model, config.recompute)
     dataset = Dataset.from_parquet(str(packs), cache_dir=str(work / "cache"), columns=[
         "input_ids", "labels", "position_ids"])
     curve = work / "curve.jsonl"
@@ -100,12 +102,12 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
         bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = PackedSFTTrainer(model, args=args, train_dataset=dataset, data_collator=collate,
                                processing_class=tokenizer, config=config, optimizers=(_optimizer(model, config), None))
-    trainer.watch(progress, curve, config.bias_gamma, packs_per_step * config.pack_length)
+    trainer.watch(progress, curve, config.bias_gamma, packs_per_step * config.pack_length, config.ema_decay)
     trainer.train_to_the_end(work)
     rows = read_curve(curve)
     if any(row["loss"] != row["loss"] for row in rows):
         raise StageError(f"{curve}: the loss is not a number; lower the stage's learning_rate")
-    save_policy(model, tokenizer, out / "checkpoint")
+    trainer.save_result(out)
     (out / "curve.jsonl").write_text(curve.read_text())
     tail = rows[-max(1, len(rows) // 10):]
     return {"steps": len(rows), **{key: sum(row[key] for row in tail) / len(tail)

@@ -7,7 +7,7 @@ import random
 
 from pipeline.records import Problem, Sample, Status, content_id, read_table
 from pipeline.stage import StageContext, StageError, StageResult
-from workflows.data import load_problems, write_packs
+from workflows.data import base_checkpoint, load_problems, write_packs
 from workflows.expert import run_grpo, self_judge
 from workflows.inference import open_model
 
@@ -20,7 +20,7 @@ def sft(context: StageContext) -> StageResult:
     from rl.engine import make_room
     from sft.trainer import train_sft
 
-    start = context.inputs["base"] / "checkpoint"
+    start = base_checkpoint(context)
     make_room(start)
     metrics = train_sft(context.config["sft"], start=start,
                         packs=context.inputs["pack"] / "packs.parquet", out=context.out, work=context.work,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +43,11 @@ def load_problems(context: StageContext, split: str | None = None, domain: str |
     """Problems of the input stage, of one split and domain if given."""
     rows = read_table(context.inputs["problems"] / "problems.parquet", Problem)
     return [p for p in rows if split in (None, p.split) and domain in (None, p.domain)]
+
+
+def base_checkpoint(context: StageContext) -> Path:
+    """The model that post-training starts from: with its context extended, where the recipe says so."""
+    return context.inputs["extend" if "extend" in context.inputs else "base"] / "checkpoint"
 
 
 def generate(context: StageContext, domain: str) -> StageResult:
@@ -140,7 +146,7 @@ def pack(context: StageContext) -> StageResult:
     from distill.judging import judge_demonstrations
     from policy.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(context.inputs["base"] / "checkpoint")
+    tokenizer = load_tokenizer(base_checkpoint(context))
     samples = read_table(context.inputs["curate"] / "samples.parquet", Sample)
     demonstrations = judge_demonstrations(load_problems(context, "sft"), context.seed)
     rows = [(sample.id, list(sample.messages), sample.completion) for sample in samples] + demonstrations

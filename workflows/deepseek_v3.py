@@ -1,6 +1,6 @@
 """DeepSeek-V3's post-training as a graph of stages (arXiv 2412.19437, section 5).
 
-    problems -> base -> per domain: expert-D-sft -> expert-D-rl -> generate-D
+    problems -> base (-> extend) -> per domain: expert-D-sft -> expert-D-rl -> generate-D
       -> verify -> reject -> curate -> pack -> sft
       -> preference -> reward-model            (where principles judge; where a domain is judged at all)
       -> rl -> evaluate -> export
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.stage import Stage
-from workflows import alignment, data, ending, expert
+from workflows import alignment, context, data, ending, expert
 
 # What stage functions import inside, by what they do; what those modules import themselves follows from them.
 PACKED = ("policy.tokenizer", "sft.packing")
@@ -41,17 +41,29 @@ def build(recipe: Recipe) -> list[Stage]:
               modules=("workflows.data", "distill.sources", "distill.splits"),
               files=_local_paths(*(domain.source for domain in recipe.domains.values())),
               title="Load or generate problems and split them"),
-        Stage("base", expert.base, {"model": recipe.model, "base": recipe.base}, ("problems",),
-              modules=("workflows.expert", *TRAINED, *PACKED, "distill.corpus"),
+        Stage("base", expert.base, {"model": recipe.model, "base": recipe.base,
+                                    "needle_share": recipe.extend.needle_share if recipe.extend else 0.0},
+              ("problems",),
+              modules=("workflows.expert", *TRAINED, *PACKED, "distill.corpus", "distill.needles"),
               files=_local_paths(recipe.model.source),
               title="Take or train the base model"),
     ]
+    base = "base"
+    if recipe.extend:
+        base = "extend"
+        stages += [
+            Stage("extend", context.extend, {**shared, "extend": recipe.extend}, ("problems", "base"),
+                  modules=("workflows.context", *TRAINED, *PACKED, *SAMPLED, "distill.corpus", "distill.needles",
+                           "evaluation.needles"),
+                  files=(recipe.extend.documents,) if recipe.extend.documents else (),
+                  title="Extend the context by YaRN and training on long rows"),
+        ]
     for name in domains:
         sft, rl, generate = f"expert-{name}-sft", f"expert-{name}-rl", f"generate-{name}"
         stages += [
             Stage(sft, partial(expert.expert_sft, domain=name),
                   {"model": recipe.model, "sft": recipe.expert.sft, "plain_thinking": recipe.expert.plain_thinking},
-                  ("problems", "base"),
+                  ("problems", base),
                   modules=("workflows.expert", *TRAINED, *PACKED, "distill.judging", "distill.prompts"),
                   title=f"Train the {name} expert on worked solutions"),
             Stage(rl, partial(expert.expert_rl, domain=name), {**verified, "rl": recipe.expert.rl}, ("problems", sft),
@@ -70,10 +82,10 @@ def build(recipe: Recipe) -> list[Stage]:
               modules=("workflows.data", "distill.rejection"), title="Keep correct, well-formed, concise samples"),
         Stage("curate", data.curate, {"curate": recipe.curate}, ("problems", "reject"),
               modules=("workflows.data", "distill.curation"), title="Deduplicate, decontaminate, mix to quotas"),
-        Stage("pack", data.pack, {"pack_length": recipe.sft.pack_length}, ("problems", "base", "curate"),
+        Stage("pack", data.pack, {"pack_length": recipe.sft.pack_length}, ("problems", base, "curate"),
               modules=("workflows.data", *PACKED, "distill.judging"),
               title="Tokens with loss masks, packed"),
-        Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, ("base", "pack"),
+        Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, (base, "pack"),
               modules=("workflows.alignment", *TRAINED), title="Supervised training of the policy"),
     ]
     rewarded: tuple[str, ...] = ()
@@ -102,7 +114,7 @@ def build(recipe: Recipe) -> list[Stage]:
               ("problems", "sft", *rewarded), modules=("workflows.alignment", *REINFORCED),
               title="GRPO on all domains"),
         Stage("evaluate", ending.evaluate, {**verified, "evaluation": recipe.evaluation, "domains": domains},
-              ("problems", "base", *experts, "sft", *rewarded, "rl"),
+              ("problems", base, *experts, "sft", *rewarded, "rl"),
               modules=("workflows.ending", *SAMPLED, "evaluation", "rewards", "distill.problems"),
               title="Held-out accuracy of every model"),
         Stage("export", ending.export, {"name": recipe.name}, ("rl", "evaluate"), modules=("workflows.ending",),

@@ -30,7 +30,7 @@ def evaluate(context: StageContext) -> StageResult:
     matched = {name for name, kind in kinds.items() if kind == "match"}
     problems = {name: rows[:config.judged_problems if name in judged else config.problems]
                 for name, rows in problems.items() if rows}
-    models = {"base": ("base", list(problems), "original"),
+    models = {"base": ("extend" if "extend" in context.inputs else "base", list(problems), "original"),
               **{f"expert-{name}": (f"expert-{name}-rl", [name], "reasoning") for name in problems},
               "sft": ("sft", list(problems), "original"), "rl": ("rl", list(problems), "original")}
     answers: dict[str, dict[str, list[Sample]]] = {label: {} for label in models}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.records import Problem
 from pipeline.stage import StageContext, StageError, StageResult
-from workflows.data import load_problems, write_packs
+from workflows.context import needle_rows
+from workflows.data import base_checkpoint, load_problems, write_packs
 from workflows.inference import open_model, open_verifier, scorer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _train_tiny(context: StageContext) -> StageResult:
     from sft.trainer import train_sft
 
     model_config, train = context.config["model"], context.config["base"]
-    shape = model_config.source
+    shape, length = model_config.source, model_config.source.context_length or model_config.max_length
     documents = corpus_documents(load_problems(context), context.seed, model_config.reflective_prompt)
     if not documents:
         raise StageError("base: the corpus is empty; give domains rows in the corpus split "
@@ -60,9 +61,9 @@ def _train_tiny(context: StageContext) -> StageResult:
     if not (start / "tensors.json").exists():
         texts = [document.get("text") or "\n".join(m["content"] for m in document["messages"])
                  for document in documents]
-        tokenizer = train_tokenizer(texts, shape.vocab_size, model_config.max_length)
+        tokenizer = train_tokenizer(texts, shape.vocab_size, length)
         config = tiny_config(hidden_size=shape.hidden_size, layers=shape.layers, routed_experts=shape.routed_experts,
-                             vocab_size=shape.vocab_size, max_length=model_config.max_length, mtp_depth=shape.mtp_depth,
+                             vocab_size=shape.vocab_size, max_length=length, mtp_depth=shape.mtp_depth,
                              token_ids={f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in
                                         ("bos", "eos", "pad")})
         save_policy(new_policy(config, context.seed), tokenizer, start)
@@ -87,9 +88,10 @@ def _write_lessons(context: StageContext, tokenizer, documents: list[dict]) -> d
     wanted = context.config["model"].source.drill_steps * config.batch_tokens // config.pack_length
     drills = [copy_drill(rng) for _ in range(wanted * config.pack_length // DRILL_TOKENS)]
     tables, counts = [], {}
-    for limit, rows in ((wanted, drills), (None, documents)):
+    needles = needle_rows(tokenizer, rng, config.pack_length, round(len(documents) * context.config["needle_share"]))
+    for limit, rows in ((wanted, _rows(drills)), (None, needles + _rows(documents))):
         file = context.work / "lesson.parquet"
-        counts = write_packs(context, tokenizer, _rows(rows), config.pack_length, file).counts
+        counts = write_packs(context, tokenizer, rows, config.pack_length, file).counts
         tables.append(pq.read_table(file).slice(0, limit))
     pq.write_table(pa.concat_tables(tables), context.work / "packs.parquet")
     return counts | {"drill_packs": tables[0].num_rows}
@@ -108,7 +110,7 @@ def expert_sft(context: StageContext, domain: str) -> StageResult:
     from rl.engine import make_room
     from sft.trainer import train_sft
 
-    start = context.inputs["base"] / "checkpoint"
+    start = base_checkpoint(context)
     make_room(start)
     problems = load_problems(context, "sft", domain)
     rng = random.Random(f"{context.seed}/{context.name}")

@@ -33,6 +33,8 @@ SIGNATURES = {
     Trainer._load_from_checkpoint: "(self, resume_from_checkpoint, model=None)",
     TrainerCallback.on_save: "(self, args, state, control, **kwargs)",
     TrainerCallback.on_optimizer_step: "(self, args, state, control, **kwargs)",
+    TrainerCallback.on_pre_optimizer_step: "(self, args, state, control, **kwargs)",
+    TrainerCallback.on_step_end: "(self, args, state, control, **kwargs)",
 }
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from tiny_models import Killed, Quiet, save_tiny, tiny_tokenizer
 
 from pipeline.recipe import TrainConfig
 from pipeline.stage import StageError
+from policy.average import WeightAverage
 from policy.model import load_policy
 from policy.training import COMPLETE, _Watch, last_checkpoint, read_curve
 from sft.packing import IGNORE, pack_samples
@@ -130,7 +132,7 @@ def test_without_trunk_gradient_the_main_model_trains_bit_for_bit_as_without_mtp
     assert curves["apart"][0]["grad_norm"] > 0.1 and "mtp_loss" not in curves["without"][0]
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"muon_learning_rate": 0.01}], ids=["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.9}, {"muon_learning_rate": 0.01}], ids=["adamw-ema", "muon"])
 def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path, start, packs, optimizer):
     unbroken = train(tmp_path / "unbroken", start, packs, **optimizer)
     with pytest.raises(Killed):
@@ -142,10 +144,46 @@ def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_
     assert losses(resumed) == losses(unbroken)
     final = [load_policy(tmp_path / name / "out/checkpoint").state_dict() for name in ("unbroken", "killed")]
     assert [name for name in final[0] if not torch.equal(final[0][name], final[1][name])] == []
+    if "ema_decay" in optimizer:
+        averages = [load_policy(tmp_path / name / "out/checkpoint-ema").state_dict() for name in ("unbroken", "killed")]
+        assert [name for name in averages[0] if not torch.equal(averages[0][name], averages[1][name])] == []
     before = load_policy(start).state_dict()
     moved = [name for name in before if not torch.equal(before[name], final[0][name])]
     assert {"model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.3.eh_proj.weight",
             "model.layers.3.mlp.gate.e_score_correction_bias"} <= set(moved)
+
+
+def test_the_exported_average_is_the_formula_over_every_steps_weights_however_slow_its_thread(
+        tmp_path, start, packs, monkeypatch):
+    fold, on_save, after_each_step = WeightAverage._fold, _Watch.on_save, []
+
+    def slowly(self, weights):
+        time.sleep(0.1)  # long enough for the next forward and backward pass to be over
+        fold(self, weights)
+
+    def remember(self, args, state, control, model, **kwargs):
+        after_each_step.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return on_save(self, args, state, control, model=model, **kwargs)
+
+    monkeypatch.setattr(WeightAverage, "_fold", slowly)
+    monkeypatch.setattr(WeightAverage, "save", lambda self, folder: None)  # saving waits, which hides a missing wait
+    monkeypatch.setattr(_Watch, "on_save", remember)
+    train(tmp_path, start, packs, ema_decay=0.8, save_steps=1)
+    exported, expected = load_policy(tmp_path / "out/checkpoint-ema").state_dict(), load_policy(start).state_dict()
+    assert len(after_each_step) == 6
+    for weights in after_each_step:
+        for name in expected:
+            expected[name].lerp_(weights[name], 1 - 0.8)
+    assert [name for name in expected if not torch.equal(expected[name], exported[name])] == []
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert not torch.equal(exported[bias], after_each_step[-1][bias])
+
+
+def test_a_checkpoint_without_an_average_cannot_be_resumed_with_one(tmp_path, start, packs):
+    with pytest.raises(Killed):
+        train(tmp_path, start, packs, Quiet(kill_at=4))
+    with pytest.raises(FileNotFoundError, match="average.safetensors"):
+        train(tmp_path, start, packs, ema_decay=0.9)
 
 
 def test_a_run_that_ended_inside_an_epoch_trains_no_step_more(tmp_path, start, packs):

@@ -1,0 +1,97 @@
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_policy
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.stage import StageError
+from policy.balance import RouterProbe
+from policy.recompute import recompute
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("norm", "mla_up", "swiglu")
+CHOICES = [parts for count in range(1, 4) for parts in itertools.combinations(PARTS, count)]
+IDS = torch.randint(1, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.arange(48).remainder(31).expand(2, -1)  # two packed samples a row
+
+
+def train_once(parts, dtype=torch.float32, passes=1):
+    """Loss, gradients by name and expert loads of the main model and the MTP module."""
+    model = tiny_policy().to(dtype).train()
+    recompute(model, parts)
+    probe = RouterProbe(model)
+    for _ in range(passes):
+        probe.begin(torch.ones_like(IDS, dtype=torch.bool))
+        hidden = model.model(input_ids=IDS, position_ids=POSITIONS, use_cache=False).last_hidden_state
+        loss = model.lm_head(hidden).logsumexp(-1).mean()
+        loss = loss + model.lm_head(model.mtp_hidden_states(hidden, IDS, POSITIONS)).logsumexp(-1).mean()
+        (loss + 0.01 * probe.balance_loss(POSITIONS, IDS.numel())).backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, probe.loads
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train_once(())
+
+
+@pytest.mark.parametrize("parts", CHOICES, ids="+".join)
+def test_gradients_are_equal_in_every_bit_whatever_is_recomputed(plain, parts):
+    loss, gradients, loads = train_once(parts)
+    assert torch.equal(loss, plain[0]) and gradients.keys() == plain[1].keys()
+    assert [name for name in gradients if not torch.equal(gradients[name], plain[1][name])] == []
+    assert torch.equal(loads, plain[2]), "a router that ran twice was counted twice"
+
+
+def test_gradients_that_add_up_over_passes_and_those_in_bfloat16_are_equal_too(plain):
+    for options in ({"passes": 2}, {"dtype": torch.bfloat16}):
+        one, two = train_once((), **options)[1], train_once(PARTS, **options)[1]
+        assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def alive_after_forward(parts, **options):
+    """Bytes that a forward pass leaves for its backward pass, as the benchmark measures them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location("recompute_memory", ROOT / "benchmarks/recompute_memory.py")
+        benchmark = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(benchmark)
+    finally:
+        sys.path.pop(0)
+    return benchmark.measure(list(parts), small=True)["kept"]
+
+
+def test_each_part_leaves_less_alive_between_the_passes():
+    none, *each, everything = (alive_after_forward(parts) for parts in ((), *((part,) for part in PARTS), PARTS))
+    assert all(kept < 0.99 * none for kept in each)
+    assert everything < 0.8 * none
+
+
+def test_nothing_is_kept_of_a_pass_without_gradient():
+    model = tiny_policy().eval()
+    with torch.no_grad():
+        before = model(input_ids=IDS, use_cache=False).logits
+        recompute(model, PARTS)
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, before)
+
+
+def test_a_model_without_the_parts_is_a_clear_error():
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=2))
+    recompute(model, ())
+    with pytest.raises(StageError, match="recompute: norm are parts of DeepSeek-V3 layers, which a qwen2"):
+        recompute(model, ("norm",))
+
+
+def test_the_benchmark_runs_at_its_smallest_size(tmp_path):
+    done = subprocess.run(["env", f"PYTHONPATH={ROOT}", sys.executable, "benchmarks/recompute_memory.py", "--small",
+                           "--json", str(tmp_path / "figures.json")],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures[-1] == {"what": "gradients equal in every bit", "figure": 1.0, "unit": "1 = yes"}
