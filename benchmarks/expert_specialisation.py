@@ -69,7 +69,7 @@ def trained(recipe: Recipe, problems: Path, folder: Path, changes: dict[str, flo
     """The folder of a base trained by the recipe's own stage, with other balancing."""
     out, work = folder / "out", folder / "work"
     out.mkdir(parents=True), work.mkdir()
-    config = {"model": recipe.model, "base": recipe.base.model_copy(update=changes)}
+    config = {"model": recipe.model, "base": recipe.base.model_copy(update=changes), "needle_share": 0.0}
     expert.base(StageContext("base", config, {"problems": problems}, out, work, recipe.seed, Silent()))
     return out
 
