@@ -121,8 +121,9 @@ def test_a_tied_head_stays_out_of_fp8():
 def test_experts_of_another_family_are_fp8_and_their_router_is_not():
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True))
+        vocab_size=200, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
+        head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        norm_topk_prob=True))
     exact = float(loss_of(model))
     assert float(loss_of(apply_precision(model, "fp8"))) == pytest.approx(exact, rel=0.01)
     assert model.config._experts_implementation == fp8_experts.NAME

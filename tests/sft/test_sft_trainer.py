@@ -156,7 +156,7 @@ def test_fp8_follows_the_loss_of_exact_products_with_half_the_moments(tmp_path, 
               for precision in ("dtype", "fp8")}
     for exact, ours in zip(*curves.values(), strict=True):
         assert ours["loss"] == pytest.approx(exact["loss"], rel=0.01)
-    assert curves["fp8"][-1]["loss"] < 0.95 * curves["fp8"][0]["loss"]
+    assert curves["fp8"][-1]["loss"] < 0.97 * curves["fp8"][0]["loss"]
     assert losses(curves["fp8"]) != losses(curves["dtype"])
     saved = {precision: sum(value.nbytes for state in torch.load(
                  tmp_path / precision / "work/checkpoint-12/optimizer.pt")["state"].values()

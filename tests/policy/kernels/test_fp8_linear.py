@@ -115,7 +115,8 @@ def test_experts_lose_no_more_than_e4m3_operands_must(dropped):
 
 
 def test_layers_that_read_the_same_tensor_share_its_copy():
-    x, weights, kept = randn(TOKENS, WIDE).requires_grad_(), [randn(NARROW, WIDE, seed=seed) for seed in range(3)], set()
+    x, kept = randn(TOKENS, WIDE).requires_grad_(), set()
+    weights = [randn(NARROW, WIDE, seed=seed) for seed in range(3)]
 
     def keep(tensor):
         kept.add(tensor.untyped_storage().data_ptr())
