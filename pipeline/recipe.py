@@ -23,6 +23,7 @@ from pydantic import (
 
 SPLITS = ("corpus", "sft", "preference", "rl", "heldout")
 BFLOAT16_ERROR = 0.05  # between the log-probs of two implementations
+FP8_DRIFT = 0.05  # between the log-probs of FP8 and of exact products; about 0.02 on the tiny model
 EXPERT_GROUPS = 4  # of the tiny model
 Precision = Literal["dtype", "fp8"]
 MOST_BETA2 = 1 - 2.0 ** -7  # of AdamW whose second moment is BF16: a slower decay is less than half a BF16 step
@@ -371,6 +372,10 @@ class Recipe(Section):
                     raise ValueError(f"{path} {wanted} needs an MTP module; model.source.mtp_depth is 0")
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
+        for path, rl in (("expert.rl", self.expert.rl), ("rl", self.rl)):
+            if self.model.precision == "fp8" and rl.max_drift < FP8_DRIFT:
+                raise ValueError(f"{path}.max_drift {rl.max_drift:g} is below what fp8 products drift from the engine's; "
+                                 f"give at least {FP8_DRIFT:g}, or model.precision dtype")
         if self.model.precision == "fp8" or self.model.dtype == "bfloat16":
             for path, train in (("base", self.base), ("expert.sft", self.expert.sft), ("sft", self.sft),
                                 ("reward_model.train", self.reward_model.train)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from policy.kernels import grouped_gemm
-from policy.kernels.fp8_linear import swiglu_backward
+from policy.kernels.fp8_linear import quantize_gradient, swiglu_backward
 from policy.kernels.quantize import (
     TILES,
     Quantized,
@@ -67,12 +67,13 @@ class _Experts(torch.autograd.Function):
         tiles, gate_up = Quantized(*cached[:2]), dequantize(Quantized(*cached[2:]), TILES)
         token, weight = order // route.shape[1], route.flatten()[order, None]
         # of the output without its routing weight
-        d_hidden = grouped_gemm.dgrad(_rows(quantize_tiles(dy), token), quantize_blocks(down_weight), offsets)
+        d_hidden = grouped_gemm.dgrad(_rows(quantize_gradient(dy, quantize_tiles), token),
+                                      quantize_blocks(down_weight), offsets)
         hidden, d_gate_up = swiglu_backward(gate_up, d_hidden * weight)
         d_route = torch.zeros_like(route).flatten().index_copy(0, order, (d_hidden * hidden).sum(-1).to(route.dtype))
-        d_down = grouped_gemm.wgrad(quantize_columns(dy[token]), quantize_columns(hidden * weight, power_of_two=True),
-                                    offsets, down_weight.dtype)
-        rows, columns = quantize_dual(d_gate_up)
+        d_down = grouped_gemm.wgrad(quantize_gradient(dy[token], quantize_columns),
+                                    quantize_columns(hidden * weight, power_of_two=True), offsets, down_weight.dtype)
+        rows, columns = quantize_gradient(d_gate_up, quantize_dual)
         dx = grouped_gemm.dgrad(rows, quantize_blocks(gate_up_weight), offsets)
         d_gate_up_weight = grouped_gemm.wgrad(columns, tiles_to_columns(_rows(tiles, token)), offsets,
                                               gate_up_weight.dtype)

@@ -7,6 +7,9 @@ attention), and of a SwiGLU its two inputs, from which its output is computed ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,8 @@ from policy.kernels.quantize import (
     swiglu_quantize,
     tiles_to_columns,
 )
+
+GAIN = 2.0 ** 24  # gradients are multiplied by it before they meet the least scale, 1e-4 / 448: it is for activations
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, after_attention: bool = False) -> Tensor:
@@ -50,6 +55,14 @@ def swiglu_backward(gate_up: Tensor, d_hidden: Tensor) -> tuple[Tensor, Tensor]:
     return silu * up, torch.cat([d_hidden * up * slope, d_hidden * silu], dim=-1)
 
 
+def quantize_gradient(dy: Tensor, quantize: Callable[[Tensor], Any]) -> Any:
+    """`quantize(dy)` for a gradient [m, n], which a mean over a large batch makes far smaller than any activation."""
+    found = quantize(dy * GAIN)
+    if isinstance(found, Quantized):
+        return Quantized(found.values, found.scales / GAIN)
+    return tuple(Quantized(values, scales / GAIN) for values, scales in found)
+
+
 def _input_tiles(x: Tensor) -> Quantized:
     """The tiles of x [..., k] as [m, k]; layers that read the same tensor share one copy of them."""
     tiles = getattr(x, "_fp8_tiles", None)
@@ -69,7 +82,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         weight, *cached = ctx.saved_tensors
-        rows, columns = quantize_dual(dy)
+        rows, columns = quantize_gradient(dy, quantize_dual)
         dx = d_weight = None
         if ctx.needs_input_grad[0]:
             dx = fp8_gemm.dgrad(rows, quantize_blocks(weight), dy.dtype)
@@ -90,7 +103,7 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         weight, *cached = ctx.saved_tensors
-        rows, columns = quantize_dual(dy)
+        rows, columns = quantize_gradient(dy, quantize_dual)
         d_hidden = fp8_gemm.dgrad(rows, quantize_blocks(weight))
         hidden, d_gate_up = swiglu_backward(dequantize(Quantized(*cached), TILES), d_hidden)
         d_weight = None

@@ -27,12 +27,12 @@ def sqnr(exact, found):
     return float(20 * torch.log10(exact.norm() / (found.double() - exact).norm()))
 
 
-def sqnr_of_each(function, exact, *arguments):
-    """dB of the output and of each argument's gradient, for the same random gradient of the output."""
+def sqnr_of_each(function, exact, *arguments, size=1.0):
+    """dB of the output and of each argument's gradient, for the same random gradient of the output, `size` large."""
     narrow = [argument.clone().requires_grad_() for argument in arguments]
     wide = [argument.double().requires_grad_() for argument in arguments]
     found, truth = function(*narrow), exact(*wide)
-    dy = randn(*found.shape, seed=9)
+    dy = size * randn(*found.shape, seed=9)
     found.backward(dy)
     truth.backward(dy.double())
     return [sqnr(truth.detach(), found.detach()),
@@ -46,6 +46,15 @@ def test_a_linear_layer_loses_no_more_than_e4m3_operands_must(after_attention, d
     noise = sqnr_of_each(lambda x, w: fp8_linear.linear(x, w, after_attention=after_attention),
                          functional.linear, x, weight)
     assert min(noise) > 28, noise
+
+
+def test_a_gradient_that_a_large_batch_made_small_keeps_its_digits():
+    x, weight = randn(TOKENS, WIDE), randn(NARROW, WIDE, seed=1)
+    assert min(sqnr_of_each(fp8_linear.linear, functional.linear, x, weight, size=1e-11)) > 28
+    gate, up = randn(TOKENS, WIDE, seed=2), randn(TOKENS, WIDE, seed=3)
+    noise = sqnr_of_each(fp8_linear.swiglu_linear,
+                         lambda g, u, w: functional.linear(functional.silu(g) * u, w), gate, up, weight, size=1e-11)
+    assert min(noise) > 24, noise
 
 
 def test_an_outlier_channel_costs_only_its_own_tile():
@@ -86,8 +95,8 @@ def test_a_swiglu_is_computed_again_from_its_inputs_in_fp8():
     assert noise[0] > 28 and min(noise[1:]) > 24, noise
 
 
-@pytest.mark.parametrize("dropped", [0, 9])
-def test_experts_lose_no_more_than_e4m3_operands_must(dropped):
+@pytest.mark.parametrize(("dropped", "size"), [(0, 1.0), (9, 1.0), (0, 1e-11)])
+def test_experts_lose_no_more_than_e4m3_operands_must(dropped, size):
     """Four experts, one without a token; `dropped` tokens belong to experts of another rank."""
     index = torch.randint(0, 3, (TOKENS, 2), generator=torch.Generator().manual_seed(3))
     index[:, 1] = (index[:, 0] + 1) % 3
@@ -109,7 +118,7 @@ def test_experts_lose_no_more_than_e4m3_operands_must(dropped):
             y = y.index_add(0, token, rows * route[token, place, None])
         return y
 
-    noise = sqnr_of_each(ours, exact, x, route, gate_up, down)
+    noise = sqnr_of_each(ours, exact, x, route, gate_up, down, size=size)
     # three roundings of 28.7 dB each stand between x and y: 10 log10(3) dB less
     assert noise[0] > 23 and min(noise[1:]) > 20.5, noise
 
