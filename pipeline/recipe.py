@@ -374,8 +374,8 @@ class Recipe(Section):
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
         for path, rl in (("expert.rl", self.expert.rl), ("rl", self.rl)):
             if self.model.precision == "fp8" and rl.max_drift < FP8_DRIFT:
-                raise ValueError(f"{path}.max_drift {rl.max_drift:g} is below what fp8 products drift from the engine's; "
-                                 f"give at least {FP8_DRIFT:g}, or model.precision dtype")
+                raise ValueError(f"{path}.max_drift {rl.max_drift:g} is below what fp8 products drift; give at least "
+                                 f"{FP8_DRIFT:g}, or model.precision dtype")
         if self.model.precision == "fp8" or self.model.dtype == "bfloat16":
             for path, train in (("base", self.base), ("expert.sft", self.expert.sft), ("sft", self.sft),
                                 ("reward_model.train", self.reward_model.train)):
