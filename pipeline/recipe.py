@@ -23,7 +23,10 @@ from pydantic import (
 
 SPLITS = ("corpus", "sft", "preference", "rl", "heldout")
 BFLOAT16_ERROR = 0.05  # between the log-probs of two implementations
+FP8_DRIFT = 0.05  # between the log-probs of FP8 and of exact products; about 0.02 on the tiny model
 EXPERT_GROUPS = 4  # of the tiny model
+Precision = Literal["dtype", "fp8"]
+MOST_BETA2 = 1 - 2.0 ** -7  # of AdamW whose second moment is BF16: a slower decay is less than half a BF16 step
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 # absolute from the start: the run is read again from other folders
 LocalPath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
@@ -128,7 +131,9 @@ class PretrainedModel(Section):
 
 class ModelConfig(Section):
     source: Annotated[TinyModel | PretrainedModel, Field(discriminator="type")]
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of weights, in trainers and engines")
+    precision: Precision = Field("dtype", description="of the matrix products of training: the weights' own, or FP8 "
+                                 "with FP8 cached activations (section 3.3)")
     max_length: PositiveInt = Field(32768, description="tokens of prompt plus completion anywhere in the run")
     reflective_prompt: str = Field(
         "First think between <think> and </think>: work step by step, question what you find, check it, and correct it "
@@ -412,6 +417,16 @@ class Recipe(Section):
             self._check_tiny_context(self.model.source.context_length)
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
+        for path, rl in (("expert.rl", self.expert.rl), ("rl", self.rl)):
+            if self.model.precision == "fp8" and rl.max_drift < FP8_DRIFT:
+                raise ValueError(f"{path}.max_drift {rl.max_drift:g} is below what fp8 products drift; give at least "
+                                 f"{FP8_DRIFT:g}, or model.precision dtype")
+        if self.model.precision == "fp8" or self.model.dtype == "bfloat16":
+            for path, train in (("base", self.base), ("expert.sft", self.expert.sft), ("sft", self.sft),
+                                ("reward_model.train", self.reward_model.train)):
+                if train.adam_beta2 > MOST_BETA2:
+                    raise ValueError(f"{path}.adam_beta2 {train.adam_beta2:g} is more than BF16 moments hold; give at "
+                                     f"most {MOST_BETA2:.4g}, or model.precision dtype and model.dtype float32")
         if self.model.dtype == "bfloat16" and self.engine.max_logprob_error < BFLOAT16_ERROR:
             raise ValueError(f"engine.max_logprob_error {self.engine.max_logprob_error:g} is below what bfloat16 can "
                              f"hold; give at least {BFLOAT16_ERROR:g}, or model.dtype float32")

@@ -10,10 +10,12 @@ from statistics import mean
 
 from transformers import TrainerCallback
 
-from pipeline.recipe import GrpoConfig
+from pipeline.recipe import GrpoConfig, Precision
 from pipeline.records import Rollout, read_table, write_table
 from pipeline.stage import Progress, StageError
+from policy.adamw import LowPrecisionAdamW, adamw_class
 from policy.model import load_policy
+from policy.precision import apply_precision
 from policy.recompute import recompute
 from policy.tokenizer import load_tokenizer
 from policy.training import read_curve, torch_threads
@@ -22,8 +24,8 @@ from rl.trainer import LEDGER, ROLLOUTS, Prompt, Scorer, VerifiedGRPOTrainer
 
 
 def train_grpo(config: GrpoConfig, *, start: Path, prompts: Sequence[Prompt], engine: RolloutEngine, scorer: Scorer,
-               out: Path, work: Path, seed: int, dtype: str, max_logprob_error: float, progress: Progress
-               ) -> tuple[dict[str, float], dict[str, int]]:
+               out: Path, work: Path, seed: int, dtype: str, max_logprob_error: float, progress: Progress,
+               precision: Precision = "dtype") -> tuple[dict[str, float], dict[str, int]]:
     """Train the policy in `start`; the same folder is the KL reference.
 
     Writes `out/checkpoint`, with `ema_decay` `out/checkpoint-ema`, `curve.jsonl`, `rollouts.parquet`, `ledger.jsonl`;
@@ -34,9 +36,13 @@ def train_grpo(config: GrpoConfig, *, start: Path, prompts: Sequence[Prompt], en
         raise StageError("rl: no prompts; give the domains rows in the rl split (domains.NAME.splits.rl)")
     torch_threads()
     tokenizer = load_tokenizer(start)
-    model = load_policy(start, dtype)
+    model = apply_precision(load_policy(start, dtype), precision)
     recompute(model, config.recompute)
     trainer = VerifiedGRPOTrainer(config, prompts, engine, scorer, model, tokenizer, work, seed, max_logprob_error)
+    if trainer.ref_model is not None:
+        apply_precision(trainer.ref_model, precision)  # so that the KL of an unchanged policy is 0
+    if adamw_class(dtype, precision) is LowPrecisionAdamW:
+        trainer.optimizer_cls_and_kwargs = (LowPrecisionAdamW, {"lr": config.learning_rate})
     curve = work / "curve.jsonl"
     trainer.watch(progress, curve, config.bias_gamma, ema_decay=config.ema_decay)
     trainer.add_callback(_ReplaceReference(trainer, config.reference_steps * config.mini_batches))

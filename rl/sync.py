@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from pipeline.stage import StageError
 from policy.model import export_tensors, load_policy
 from policy.mtp import is_mtp
+from policy.precision import exact_products
 from policy.shards import checksum
 from rl.engine import RolloutEngine
 
@@ -63,19 +64,18 @@ def _prove(model: PreTrainedModel, engine: RolloutEngine, tensors: dict[str, tor
     if stale or not all(name in held for name in biases):
         names = stale or [name for name in biases if name not in held]
         raise StageError(f"weight sync: the engine does not hold the trainer's {names[:3]} ({len(names)} tensors)")
-    error = logprob_error(model, engine, bound)
+    with exact_products(model):  # the proof is of weights; what FP8 training changes shows in the rollouts' drift
+        error = logprob_error(model, engine, bound)
+        draft_error = logprob_error(model, engine, bound, drafter=True) if engine.drafts else 0.0
     if not error <= bound:
         raise StageError(
             f"weight sync: log-probs of the fixed prompts differ by {error:.2e} between engine and trainer "
             f"(engine.max_logprob_error is {bound:g}). Weights or kernels of the two do not agree; for a "
             "bfloat16 model a bound near 0.1 is usual, for float32 1e-4")
-    if engine.drafts:
-        draft_error = logprob_error(model, engine, bound, drafter=True)
-        if not draft_error <= bound:
-            raise StageError(f"weight sync: log-probs of the drafter differ by {draft_error:.2e} from the trainer's "
-                             f"MTP module (engine.max_logprob_error is {bound:g}); engine.draft: false goes on without")
-        error = max(error, draft_error)
-    return SyncProof(len(tensors), len(held), error)
+    if not draft_error <= bound:
+        raise StageError(f"weight sync: log-probs of the drafter differ by {draft_error:.2e} from the trainer's "
+                         f"MTP module (engine.max_logprob_error is {bound:g}); engine.draft: false goes on without")
+    return SyncProof(len(tensors), len(held), max(error, draft_error))
 
 
 @torch.no_grad()

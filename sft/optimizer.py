@@ -19,13 +19,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Expert weights, held as [experts, out, in], go to AdamW: torch's Muon takes two dimensions."""
 
     def __init__(self, model: nn.Module, *, muon_learning_rate: float, learning_rate: float, adam_beta2: float,
-                 weight_decay: float):
+                 weight_decay: float, adamw: type[torch.optim.Optimizer] = torch.optim.AdamW):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and not any(part in name for part in KEPT_FROM_MUON)]
         taken = set(map(id, matrices))
         rest = [p for _, p in named if id(p) not in taken]
         self.parts = (torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=0.01),
-                      torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=weight_decay))
+                      adamw(rest, lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=weight_decay))
         super().__init__([group for part in self.parts for group in part.param_groups], {"lr": learning_rate})
 
     @torch.no_grad()

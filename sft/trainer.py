@@ -15,10 +15,12 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.recipe import TrainConfig
+from pipeline.recipe import Precision, TrainConfig
 from pipeline.stage import Progress, StageError
+from policy.adamw import adamw_class
 from policy.kernels.logprob import add_logprob_head
 from policy.model import load_policy
+from policy.precision import apply_precision
 from policy.recompute import recompute
 from policy.tokenizer import load_tokenizer
 from policy.training import PolicyTrainer, read_curve, torch_threads
@@ -54,12 +56,15 @@ class PackedSFTTrainer(PolicyTrainer, SFTTrainer):
                    for one, count in zip(found, counts, strict=True)) / len(found)
 
 
-def _optimizer(model, config: TrainConfig) -> torch.optim.Optimizer | None:
-    """None for AdamW everywhere, which transformers makes itself."""
-    if config.muon_learning_rate is None:
-        return None
-    return MuonWithAdamW(model, muon_learning_rate=config.muon_learning_rate, learning_rate=config.learning_rate,
-                         adam_beta2=config.adam_beta2, weight_decay=config.weight_decay)
+def _optimizer(model, config: TrainConfig, adamw: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """The trainer's argument that names the optimizer; none for torch's AdamW, which transformers makes itself."""
+    if config.muon_learning_rate is not None:
+        muon = MuonWithAdamW(model, muon_learning_rate=config.muon_learning_rate, learning_rate=config.learning_rate,
+                             adam_beta2=config.adam_beta2, weight_decay=config.weight_decay, adamw=adamw)
+        return {"optimizers": (muon, None)}
+    if adamw is torch.optim.AdamW:
+        return {}
+    return {"optimizer_cls_and_kwargs": (adamw, {"lr": config.learning_rate, "betas": (0.9, config.adam_beta2)})}
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -68,7 +73,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work: Path, seed: int, dtype: str,
-              progress: Progress, in_order: bool = False) -> dict[str, float]:
+              progress: Progress, in_order: bool = False, precision: Precision = "dtype") -> dict[str, float]:
     """Train the policy in `start` on the packs, from the last checkpoint in `work` if there is one.
 
     `in_order` takes the packs as they stand in the file (a curriculum) instead of shuffling them.
@@ -80,7 +85,7 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
     if not pq.read_metadata(packs).num_rows:
         raise StageError(f"{packs}: no packs to train on; no sample was kept")
     tokenizer = load_tokenizer(start)
-    model = load_policy(start, dtype)
+    model = apply_precision(load_policy(start, dtype), precision)
     recompute(model, config.recompute)
     dataset = Dataset.from_parquet(str(packs), cache_dir=str(work / "cache"), columns=[
         "input_ids", "labels", "position_ids"])
@@ -101,7 +106,8 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
         save_steps=config.save_steps, report_to="none", disable_tqdm=True,
         bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = PackedSFTTrainer(model, args=args, train_dataset=dataset, data_collator=collate,
-                               processing_class=tokenizer, config=config, optimizers=(_optimizer(model, config), None))
+                               processing_class=tokenizer, config=config,
+                               **_optimizer(model, config, adamw_class(dtype, precision)))
     trainer.watch(progress, curve, config.bias_gamma, packs_per_step * config.pack_length, config.ema_decay)
     trainer.train_to_the_end(work)
     rows = read_curve(curve)

@@ -24,7 +24,8 @@ def sft(context: StageContext) -> StageResult:
     make_room(start)
     metrics = train_sft(context.config["sft"], start=start,
                         packs=context.inputs["pack"] / "packs.parquet", out=context.out, work=context.work,
-                        seed=context.seed, dtype=context.config["model"].dtype, progress=context.progress)
+                        seed=context.seed, dtype=context.config["model"].dtype,
+                        precision=context.config["model"].precision, progress=context.progress)
     return StageResult(metrics=metrics, key_metric="loss")
 
 
@@ -94,7 +95,7 @@ def reward_model(context: StageContext) -> StageResult:
     packed = write_packs(context, load_tokenizer(start), rows, config.train.pack_length, context.work / "packs.parquet")
     metrics = train_sft(config.train, start=start, packs=context.work / "packs.parquet", out=context.out,
                         work=context.work, seed=context.seed, dtype=context.config["model"].dtype,
-                        progress=context.progress)
+                        precision=context.config["model"].precision, progress=context.progress)
     model = open_model(context.out / "checkpoint", context.config["model"], context.config["engine"], context.seed)
     judge = model.judge(context.seed)
     calibration, canaries = {}, []

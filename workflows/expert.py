@@ -69,7 +69,8 @@ def _train_tiny(context: StageContext) -> StageResult:
         save_policy(new_policy(config, context.seed), tokenizer, start)
     counts = _write_lessons(context, load_tokenizer(start), documents)
     metrics = train_sft(train, start=start, packs=context.work / "packs.parquet", out=context.out, work=context.work,
-                        seed=context.seed, dtype=model_config.dtype, progress=context.progress, in_order=True)
+                        seed=context.seed, dtype=model_config.dtype, precision=model_config.precision,
+                        progress=context.progress, in_order=True)
     return StageResult(counts={"documents": len(documents), **counts}, metrics=metrics, key_metric="loss")
 
 
@@ -129,7 +130,8 @@ def expert_sft(context: StageContext, domain: str) -> StageResult:
     train = context.config["sft"]
     packed = write_packs(context, load_tokenizer(start), rows, train.pack_length, context.work / "packs.parquet")
     metrics = train_sft(train, start=start, packs=context.work / "packs.parquet", out=context.out, work=context.work,
-                        seed=context.seed, dtype=context.config["model"].dtype, progress=context.progress)
+                        seed=context.seed, dtype=context.config["model"].dtype,
+                        precision=context.config["model"].precision, progress=context.progress)
     return StageResult(counts={"worked_solutions": len(rows), **packed.counts}, metrics=metrics, key_metric="loss")
 
 
@@ -167,7 +169,7 @@ def run_grpo(context: StageContext, start: Path, problems: list[Problem], judge:
     with open_verifier(judge, problems, context.config["isolation"]) as verifier:
         metrics, states = train_grpo(
             config, start=start, prompts=prompts, engine=opened.engine, scorer=scorer(verifier, config.rewards),
-            out=context.out, work=context.work, seed=context.seed, dtype=model.dtype,
+            out=context.out, work=context.work, seed=context.seed, dtype=model.dtype, precision=model.precision,
             max_logprob_error=context.config["engine"].max_logprob_error, progress=context.progress)
     return StageResult(counts={"prompts": sum(states.values()), "groups": states}, metrics=metrics,
                        key_metric="rollout_accuracy_last")

@@ -76,6 +76,9 @@ def test_a_share_of_an_unknown_domain_is_named(write, path, share):
     (["sft.mtp_lambda=0", "sft.mtp_trunk_gradient=false"], r"sft: .*mtp_trunk_gradient false needs an mtp_lambda"),
     (["rl.mtp_trunk_gradient=true"], r"rl: .*mtp_trunk_gradient true needs an mtp_lambda"),
     (["engine.draft=true", "engine.return_routes=true", "engine.gpus=1"], r"draft true with return_routes true"),
+    (["model.precision=fp8", "sft.adam_beta2=0.999"], r"sft\.adam_beta2 0\.999 .*at most 0\.9922"),
+    (["model.precision=fp8", "expert.sft.adam_beta2=0.999"], r"expert\.sft\.adam_beta2 0\.999 "),
+    (["model.precision=fp8", "rl.max_drift=0.01"], r"rl\.max_drift 0\.01 is below what fp8 products drift"),
     (["model={source: {type: pretrained, id: x/y}, dtype: bfloat16}"], r"engine\.max_logprob_error 0\.0001 .*bfloat16"),
 ])
 def test_sections_that_cannot_work_together_are_an_error_before_anything_starts(changes, message):

@@ -48,12 +48,12 @@ def make_trainer(folder, start, scorer=ALL_MIXED, engine=None, cls=VerifiedGRPOT
     return trainer
 
 
-def train(folder, start, scorer=ALL_MIXED, engine=None, progress=None, **changes):
+def train(folder, start, scorer=ALL_MIXED, engine=None, progress=None, precision="dtype", **changes):
     for name in ("work", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return train_grpo(config(**changes), start=start, prompts=PROMPTS, scorer=scorer, out=folder / "out",
                       engine=engine or ScriptedEngine(start, folder / "engine"), work=folder / "work", seed=0,
-                      dtype="float32", max_logprob_error=1e-4, progress=progress or Quiet())
+                      dtype="float32", max_logprob_error=1e-4, progress=progress or Quiet(), precision=precision)
 
 
 class KeepGradient(TrainerCallback):
@@ -319,3 +319,29 @@ def test_no_prompts_is_a_clear_error(tmp_path, start):
     with pytest.raises(StageError, match="no prompts; give the domains rows in the rl split"):
         train_grpo(config(), start=start, prompts=[], engine=None, scorer=ALL_MIXED, out=tmp_path, work=tmp_path,
                    seed=0, dtype="float32", max_logprob_error=1e-4, progress=Quiet())
+
+
+def test_fp8_shows_in_the_drift_and_neither_in_the_proof_nor_in_the_first_kl(tmp_path, start):
+    for precision in ("dtype", "fp8"):
+        train(tmp_path / precision, start, precision=precision)
+    exact, ours = (read_curve(tmp_path / precision / "out/curve.jsonl") for precision in ("dtype", "fp8"))
+    key = "sampling/sampling_logp_difference/mean"
+    for row in ours:
+        assert row["sync_logprob_error"] < 1e-4  # the proof multiplies exactly
+        assert 1e-4 < row[key] < 0.05
+    assert exact[0][key] < 1e-5
+    assert ours[0]["kl"] == 0  # the reference multiplies in FP8 too
+    assert ours[1]["kl"] > 0
+    weights = [load_policy(tmp_path / precision / "out/checkpoint").state_dict() for precision in ("dtype", "fp8")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_fp8_resumes_with_bf16_moments_as_if_nothing_had_happened(tmp_path, start):
+    unbroken = tmp_path / "unbroken"
+    train(unbroken, start, precision="fp8", save_steps=1)
+    killed = tmp_path / "killed"
+    with pytest.raises(Killed):
+        train(killed, start, precision="fp8", save_steps=1, progress=Quiet(kill_at=2))
+    train(killed, start, precision="fp8", save_steps=1)
+    final = [load_policy(folder / "out/checkpoint").state_dict() for folder in (unbroken, killed)]
+    assert [name for name in final[0] if not torch.equal(final[0][name], final[1][name])] == []

@@ -39,12 +39,12 @@ def packs(tmp_path_factory):
     return path
 
 
-def train(folder, start, packs, progress=None, **changes):
+def train(folder, start, packs, progress=None, precision="dtype", **changes):
     """Train in folder/work into folder/out; returns the curve."""
     for name in ("work", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     train_sft(config(**changes), start=start, packs=packs, out=folder / "out", work=folder / "work", seed=0,
-              dtype="float32", progress=progress or Quiet())
+              dtype="float32", progress=progress or Quiet(), precision=precision)
     return read_curve(folder / "out/curve.jsonl")
 
 
@@ -132,7 +132,9 @@ def test_without_trunk_gradient_the_main_model_trains_bit_for_bit_as_without_mtp
     assert curves["apart"][0]["grad_norm"] > 0.1 and "mtp_loss" not in curves["without"][0]
 
 
-@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.9}, {"muon_learning_rate": 0.01}], ids=["adamw-ema", "muon"])
+@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.9}, {"muon_learning_rate": 0.01}, {"precision": "fp8"},
+                                       {"muon_learning_rate": 0.01, "precision": "fp8"}],
+                         ids=["adamw-ema", "muon", "fp8-adamw", "fp8-muon"])
 def test_a_run_killed_after_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path, start, packs, optimizer):
     unbroken = train(tmp_path / "unbroken", start, packs, **optimizer)
     with pytest.raises(Killed):
@@ -184,6 +186,20 @@ def test_a_checkpoint_without_an_average_cannot_be_resumed_with_one(tmp_path, st
         train(tmp_path, start, packs, Quiet(kill_at=4))
     with pytest.raises(FileNotFoundError, match="average.safetensors"):
         train(tmp_path, start, packs, ema_decay=0.9)
+
+
+def test_fp8_follows_the_loss_of_exact_products_with_half_the_moments(tmp_path, start, packs):
+    curves = {precision: train(tmp_path / precision, start, packs, precision=precision, max_steps=12,
+                               learning_rate=5e-3)
+              for precision in ("dtype", "fp8")}
+    for exact, ours in zip(*curves.values(), strict=True):
+        assert ours["loss"] == pytest.approx(exact["loss"], rel=0.01)
+    assert curves["fp8"][-1]["loss"] < 0.97 * curves["fp8"][0]["loss"]
+    assert losses(curves["fp8"]) != losses(curves["dtype"])
+    saved = {precision: sum(value.nbytes for state in torch.load(
+                 tmp_path / precision / "work/checkpoint-12/optimizer.pt")["state"].values()
+                            for name, value in state.items() if name != "step") for precision in curves}
+    assert 2 * saved["fp8"] == saved["dtype"] > 0
 
 
 def test_a_run_that_ended_inside_an_epoch_trains_no_step_more(tmp_path, start, packs):
