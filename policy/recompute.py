@@ -30,6 +30,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from pipeline.stage import StageError
+from policy.kernels.experts import recomputes_swiglu
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "grouped_mm_fallback")
 
@@ -55,7 +56,7 @@ def recompute(model: PreTrainedModel, parts: Collection[str]) -> None:
             for module in layer.mlp.modules():
                 if isinstance(module, DeepseekV3MLP):
                     _keep_products_alone(module, [module.down_proj])
-                elif isinstance(module, DeepseekV3Experts):
+                elif isinstance(module, DeepseekV3Experts) and not recomputes_swiglu(module):
                     _keep_products_alone(module, [])
         if "norm" in parts:
             _Norms(layer, norms)

@@ -106,9 +106,10 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
         # TRL wants reward functions; `_calculate_rewards` below answers in their place
         super().__init__(model=model, reward_funcs=[verified_reward], args=args, train_dataset=dataset,
                          processing_class=tokenizer)
-        for scored in filter(None, (self.model, self.ref_model)):
-            add_logprob_head(scored, self.temperature)
-            use_fast_experts(scored)
+        add_logprob_head(self.model, self.temperature)
+        if self.ref_model is not None:  # which TRL loads by itself
+            add_logprob_head(self.ref_model, self.temperature)
+            use_fast_experts(self.ref_model)
         if config.mtp_lambda and not self.trains_mtp:
             raise StageError(f"rl.mtp_lambda {config.mtp_lambda:g} needs a model with an MTP module; leave it out")
         if self.accelerator.num_processes > 1:

@@ -29,7 +29,7 @@ def experts_forward(module: torch.nn.Module, hidden_states: torch.Tensor, top_k_
     Where tensors are on a GPU, split over processes, or gated by something else than SwiGLU, transformers' grouped path
     runs instead.
     """
-    if hidden_states.device.type != "cpu" or module._is_expert_parallel or not _is_swiglu(module):
+    if not _runs_here(module):
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     return _Experts.apply(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
 
@@ -116,6 +116,12 @@ def _blocks(counts: Sequence[int]) -> Iterator[tuple[int, int, Spans]]:
             start, spans = row, []
 
 
-def _is_swiglu(module: torch.nn.Module) -> bool:
-    return (module.has_gate and not module.has_bias and not module.is_transposed
+def recomputes_swiglu(module: torch.nn.Module) -> bool:
+    """Whether the experts of `module` keep their SwiGLU output out of memory by themselves."""
+    return module.config._experts_implementation == IMPLEMENTATION and _runs_here(module)
+
+
+def _runs_here(module: torch.nn.Module) -> bool:
+    return (module.has_gate and module.gate_up_proj.device.type == "cpu" and not module._is_expert_parallel
+            and not module.has_bias and not module.is_transposed
             and getattr(module.config, "hidden_act", None) == "silu")

@@ -12,6 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.stage import StageError
 from policy.balance import RouterProbe
+from policy.kernels.experts import IMPLEMENTATION
+from policy.precision import apply_precision
 from policy.recompute import recompute
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +23,11 @@ IDS = torch.randint(1, 300, (2, 48), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.arange(48).remainder(31).expand(2, -1)  # two packed samples a row
 
 
-def train_once(parts, dtype=torch.float32, passes=1):
+def train_once(parts, dtype=torch.float32, passes=1, experts="grouped_mm", precision="dtype"):
     """Loss, gradients by name and expert loads of the main model and the MTP module."""
     model = tiny_policy().to(dtype).train()
+    model.set_experts_implementation(experts)
+    apply_precision(model, precision)
     recompute(model, parts)
     probe = RouterProbe(model)
     for _ in range(passes):
@@ -48,8 +52,8 @@ def test_gradients_are_equal_in_every_bit_whatever_is_recomputed(plain, parts):
     assert torch.equal(loads, plain[2]), "a router that ran twice was counted twice"
 
 
-def test_gradients_that_add_up_over_passes_and_those_in_bfloat16_are_equal_too(plain):
-    for options in ({"passes": 2}, {"dtype": torch.bfloat16}):
+def test_gradients_over_passes_in_other_precisions_and_of_other_experts_are_equal_too():
+    for options in ({"passes": 2}, {"dtype": torch.bfloat16}, {"experts": IMPLEMENTATION}, {"precision": "fp8"}):
         one, two = train_once((), **options)[1], train_once(PARTS, **options)[1]
         assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
