@@ -108,7 +108,8 @@ class VerifiedGRPOTrainer(PolicyTrainer, GRPOTrainer):
                          processing_class=tokenizer)
         for scored in filter(None, (self.model, self.ref_model)):
             add_logprob_head(scored, self.temperature)
-            use_fast_experts(scored)
+        if self.ref_model is not None:
+            use_fast_experts(self.ref_model)  # TRL loaded it, not load_policy
         if config.mtp_lambda and not self.trains_mtp:
             raise StageError(f"rl.mtp_lambda {config.mtp_lambda:g} needs a model with an MTP module; leave it out")
         if self.accelerator.num_processes > 1:
