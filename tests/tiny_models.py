@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pipeline.recipe import YarnConfig
+from policy.context import yarn_parameters
 from policy.model import new_policy, save_policy
 from policy.presets import tiny_config
 from policy.tokenizer import train_tokenizer
@@ -20,13 +22,20 @@ def tiny_tokenizer(max_length: int = 128) -> PreTrainedTokenizerFast:
 
 
 def tiny_policy(seed: int = 0, *, hidden_size: int = 32, layers: int = 3, max_length: int = 128,
-                mtp_depth: int = 1) -> PreTrainedModel:
-    """Three layers of which two are MoE with 8 experts, and the MTP module; the balance biases are not zero."""
+                mtp_depth: int = 1, yarn_factor: int | None = None) -> PreTrainedModel:
+    """Three layers of which two are MoE with 8 experts, and the MTP module; the balance biases are not zero.
+
+    yarn_factor: how many times its original length `max_length` is, where the context is an extended one.
+    """
     tokenizer = tiny_tokenizer(max_length)
     config = tiny_config(hidden_size=hidden_size, layers=layers, routed_experts=8, vocab_size=VOCAB,
                          max_length=max_length, mtp_depth=mtp_depth,
                          token_ids={f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
                                     for name in ("bos", "eos", "pad")})
+    if yarn_factor:
+        config.max_position_embeddings //= yarn_factor
+        config.rope_parameters = yarn_parameters(config, YarnConfig(factor=yarn_factor))
+        config.max_position_embeddings = max_length
     model = new_policy(config, seed)
     scatter_biases(model, seed)
     return model

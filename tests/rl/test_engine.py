@@ -1,5 +1,6 @@
 """One real vLLM engine on a random tiny policy, shared by all tests here (its start takes most of the time)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,14 +13,14 @@ from tiny_models import save_tiny, scatter_biases, tiny_policy, tiny_tokenizer
 
 from pipeline.recipe import EngineConfig
 from pipeline.stage import StageError
-from policy.model import save_policy
+from policy.model import load_policy, save_policy
 from policy.shards import checksum
 from rl.engine import Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
 from rl.sync import PROBE_LENGTHS, _prove, engine_tensors, logprob_error, prove_checkpoint, sync_weights
 
 ROOT = Path(__file__).parents[2]
 LENGTH, BOUND = 64, 1e-4
-SHAPE = {"hidden_size": 128, "layers": 3, "max_length": LENGTH}
+SHAPE = {"hidden_size": 128, "layers": 3, "max_length": LENGTH, "yarn_factor": 4}  # all probes go beyond 16 tokens
 CONFIG = EngineConfig(max_sequences=32)
 
 
@@ -39,9 +40,9 @@ def engine(folder):
         ray.shutdown()
 
 
-def changed_policy(seed):
+def changed_policy(seed, **shape):
     """A policy with every weight moved and other biases."""
-    model = tiny_policy(**SHAPE)
+    model = tiny_policy(**{**SHAPE, **shape})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,6 +55,15 @@ def sent(model, engine):
     """What a sync sends, and its checksums."""
     tensors = {name: tensor.clone() for name, tensor in engine_tensors(model, engine).items()}
     return tensors, {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+def test_engine_and_trainer_agree_beyond_the_length_the_policy_was_extended_from(engine, folder):
+    original = json.loads((folder / "config.json").read_text())["rope_parameters"]["original_max_position_embeddings"]
+    model, lengths = load_policy(folder).eval(), (original + 1, 2 * original, LENGTH - 1)
+    assert min(PROBE_LENGTHS) > original and logprob_error(model, engine, BOUND, lengths=lengths) <= BOUND
+    plain = tiny_policy(**{**SHAPE, "yarn_factor": None}).eval()
+    plain.load_state_dict(model.state_dict())
+    assert logprob_error(plain, engine, BOUND, lengths=lengths) > 10 * BOUND, "plain frequencies would not be noticed"
 
 
 def test_an_engine_proves_the_checkpoint_it_started_from(engine, folder):
@@ -207,8 +217,11 @@ print("error", logprob_error(load_policy(sys.argv[1]).eval(), actor, {BOUND}))
 
 
 def test_the_rotary_kernel_of_the_cpu_back_end_is_still_wrong(tmp_path):
-    """Pins the fault behind `custom_ops: none`; when this fails, that remedy can go. Starts an engine of its own."""
-    save_policy(changed_policy(1), tiny_tokenizer(LENGTH), tmp_path)
+    """Pins the fault behind `custom_ops: none`; when this fails, that remedy can go. Starts an engine of its own.
+
+    The fault is in the kernel for plain frequencies; those of YaRN take another.
+    """
+    save_policy(changed_policy(1, yarn_factor=None), tiny_tokenizer(LENGTH), tmp_path)
     script = tmp_path / "script.py"
     script.write_text(ROTARY_SCRIPT)
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
