@@ -188,6 +188,9 @@ class TrainConfig(Section):
         if processes > 1 and self.muon_learning_rate is not None:
             raise ValueError(f"parallel.processes {processes} needs AdamW, whose state can be cut: leave "
                              f"muon_learning_rate out (got {self.muon_learning_rate:g})")
+        if self.parallel.expert > 1 and not self.mtp_trunk_gradient:
+            raise ValueError(f"parallel.expert {self.parallel.expert} needs mtp_trunk_gradient true: gradients of "
+                             "experts lie apart, and MTP modules cannot be clipped by themselves")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         return self

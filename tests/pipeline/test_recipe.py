@@ -67,6 +67,8 @@ def test_a_share_of_an_unknown_domain_is_named(write, path, share):
     (["domains.writing.splits.preference=0"], r"domains\.writing\.splits\.preference: needs rows"),
     (["preference.max_tokens=9999"], r"preference\.max_tokens 9999 is above model\.max_length"),
     (["sft.parallel={processes: 4, expert: 3}"], r"sft\.parallel: expert must divide processes \(got 3 and 4\)"),
+    (["sft={batch_tokens: 8192, pack_length: 256, parallel: {processes: 2, expert: 2}, mtp_trunk_gradient: false}"],
+     r"sft: parallel\.expert 2 needs mtp_trunk_gradient true"),
     (["sft.parallel.processes=3"], r"sft: batch_tokens must be a multiple of .* \(got 2048 and 256 x 8 x 3\)"),
     (["base={batch_tokens: 2048, pack_length: 256, muon_learning_rate: 0.04, parallel: {processes: 2}}"],
      r"base: parallel\.processes 2 needs AdamW.* leave muon_learning_rate out \(got 0\.04\)"),
