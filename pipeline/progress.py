@@ -64,16 +64,23 @@ class ProgressState:
 
 
 class FileProgress:
-    """The `Progress` a stage gets. Calls only touch memory; a thread writes the file at most 4 times a second."""
+    """The `Progress` a stage gets. Calls only touch memory; a thread writes the file at most 4 times a second.
 
-    def __init__(self, path: Path) -> None:
+    Sent to another process it goes on there, in the same file; the one who sent it waits.
+    """
+
+    def __init__(self, path: Path, state: ProgressState | None = None) -> None:
         self._path = path
-        self._state = ProgressState(moved=time.time())
+        self._state = state or ProgressState(moved=time.time())
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write_changes, name="progress", daemon=True)
         self._thread.start()
+
+    def __reduce__(self) -> tuple:
+        with self._lock:
+            return FileProgress, (self._path, self._state)
 
     def start(self, total: int | None, unit: str, done: int = 0) -> None:
         now = time.time()

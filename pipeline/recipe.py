@@ -147,6 +147,24 @@ Decay = Annotated[float | None, Field(
     gt=0, lt=1, description="of the average of the weights in CPU memory, exported as checkpoint-ema; null keeps none")]
 
 
+class ParallelConfig(Section):
+    """The layout of a training on many processes. DeepSeek-V3 section 3.2; one process is the default."""
+
+    processes: PositiveInt = Field(1, description="processes that train together; losses do not depend on it")
+    shard: bool = Field(True, description="FSDP2: weights, gradients and optimizer state are cut over the processes; "
+                        "false: each holds all of them (data parallel)")
+    expert: PositiveInt = Field(1, description="processes over which the experts are spread")
+    dispatch: Literal["fp8", "exact"] = Field(
+        "fp8", description="tokens go to experts in FP8 with power-of-two scales, outputs come back in BF16 (section "
+        "3.3.3); exact: both in the model's own dtype")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.processes % self.expert:
+            raise ValueError(f"expert must divide processes (got {self.expert} and {self.processes})")
+        return self
+
+
 class TrainConfig(Section):
     """Supervised training. DeepSeek-V3 section 5.1: 2 epochs, cosine 5e-6 -> 1e-6; balance: section 2.1.2."""
 
@@ -171,14 +189,26 @@ class TrainConfig(Section):
     recompute: Recompute = ()
     ema_decay: Decay = None
     save_steps: PositiveInt = 100
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if not self.mtp_lambda and not self.mtp_trunk_gradient:
             raise ValueError("mtp_trunk_gradient false needs an mtp_lambda above 0; at 0 nothing trains MTP modules")
-        if self.batch_tokens % (self.pack_length * self.packs_per_device):
-            raise ValueError(f"batch_tokens must be a multiple of pack_length x packs_per_device "
-                             f"(got {self.batch_tokens} and {self.pack_length} x {self.packs_per_device})")
+        processes = self.parallel.processes
+        if self.batch_tokens % (self.pack_length * self.packs_per_device * processes):
+            raise ValueError("batch_tokens must be a multiple of pack_length x packs_per_device x parallel.processes "
+                             f"(got {self.batch_tokens} and "
+                             f"{self.pack_length} x {self.packs_per_device} x {processes})")
+        if processes > 1 and self.muon_learning_rate is not None:
+            raise ValueError(f"parallel.processes {processes} needs AdamW, whose state can be cut: leave "
+                             f"muon_learning_rate out (got {self.muon_learning_rate:g})")
+        if self.parallel.expert > 1 and not self.mtp_trunk_gradient:
+            raise ValueError(f"parallel.expert {self.parallel.expert} needs mtp_trunk_gradient true: gradients of "
+                             "experts lie apart, and MTP modules cannot be clipped by themselves")
+        if processes > 1 and self.ema_decay is not None:
+            raise ValueError(f"parallel.processes {processes} with ema_decay {self.ema_decay:g}: the average needs all "
+                             "weights in one process; leave one of the two out")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         return self
@@ -415,6 +445,16 @@ class Recipe(Section):
                     raise ValueError(f"{path} {wanted} needs an MTP module; model.source.mtp_depth is 0")
         if self.model.source.type == "tiny":
             self._check_tiny_context(self.model.source.context_length)
+        for path, train in (("base", self.base), ("expert.sft", self.expert.sft), ("sft", self.sft),
+                            ("reward_model.train", self.reward_model.train)):
+            parallel, source = train.parallel, self.model.source
+            parts = parallel.processes if parallel.shard and parallel.expert > 1 else parallel.expert
+            if source.type == "tiny" and source.routed_experts % parts:
+                raise ValueError(f"{path}.parallel spreads experts over {parts} processes, which must divide "
+                                 f"model.source.routed_experts {source.routed_experts}; lower expert or processes")
+            if parallel.processes > 1 and self.model.precision == "fp8":
+                raise ValueError(f"{path}.parallel.processes {parallel.processes} with model.precision fp8: FP8 "
+                                 "products take whole weights; leave one of the two out")
         if self.model.source.type == "tiny" and self.model.dtype != "float32":
             raise ValueError(f"model.dtype must be float32 for a tiny model (got {self.model.dtype})")
         for path, rl in (("expert.rl", self.expert.rl), ("rl", self.rl)):

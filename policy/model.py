@@ -99,12 +99,14 @@ def load_policy(folder: Path | str, dtype: str = "float32") -> PreTrainedModel:
     return model
 
 
-def export_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def export_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor] | None = None
+                   ) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's tensors under checkpoint names, experts apart, balance bias included, MTP copies left out.
 
-    What transformers holds fused (`experts.gate_up_proj`) is split as `save_pretrained` would.
+    What transformers holds fused (`experts.gate_up_proj`) is split as `save_pretrained` would. `state` is the whole
+    state dict where the model's own processes hold parts of it.
     """
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach() for name, tensor in (model.state_dict() if state is None else state).items()}
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
     for name, tensor in revert_weight_conversion(model, state).items():
@@ -123,10 +125,14 @@ def mtp_copies(config: PreTrainedConfig) -> dict[str, str]:
             for copy, original in (("embed_tokens", embedding), ("shared_head.head", head))}
 
 
-def save_policy(model: PreTrainedModel, tokenizer, folder: Path) -> Checkpoint:
-    """Write a Hugging Face folder: weights, config with the routing keys, tokenizer, the manifest `tensors.json`."""
+def save_policy(model: PreTrainedModel, tokenizer, folder: Path, state: dict[str, torch.Tensor] | None = None
+                ) -> Checkpoint:
+    """Write a Hugging Face folder: weights, config with the routing keys, tokenizer, the manifest `tensors.json`.
+
+    `state` is the whole state dict where the model's own processes hold parts of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(export_tensors(model))
+    tensors = dict(export_tensors(model, state))
     tensors |= {copy: tensors[original] for copy, original in mtp_copies(model.config).items()}
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [_hub_architecture(model)]

@@ -2,7 +2,8 @@
 
 transformers' `Trainer` resumes a mixture of experts wrongly in silence: `_save` writes experts apart,
 `_load_from_checkpoint` looks for them fused, with `strict=False`. It also leaves half a checkpoint behind
-when killed while saving. `PolicyTrainer` replaces both methods and marks a checkpoint when it is whole.
+when killed while saving. `PolicyTrainer` replaces both methods and marks a checkpoint when it is whole. Of a policy
+that lies on many processes a checkpoint holds everything once, gathered; process 0 writes it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from pipeline.artifacts import write_atomically
 from pipeline.recipe import GrpoConfig, TrainConfig
@@ -25,6 +27,7 @@ from policy.average import WeightAverage
 from policy.balance import RouterProbe, max_violation
 from policy.model import save_policy
 from policy.mtp import Prediction, is_mtp, mtp_depth, predictions
+from policy.parallel.state import full_optimizer_state, full_state, load_full_state, load_optimizer_state
 from policy.replay import RouteReplay
 
 COMPLETE = "complete"  # marker file of a checkpoint that was fully written
@@ -103,26 +106,55 @@ class PolicyTrainer:
         """Override of `Trainer._save`: the raw state dict, every buffer included, under in-memory names."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous().clone()
-                 for name, tensor in self.accelerator.unwrap_model(self.model).state_dict().items()}
-        save_file(state, folder / "state.safetensors")
+        model = self.accelerator.unwrap_model(self.model)
+        state = full_state(model) if self.is_distributed_loading_by_transformers else model.state_dict()
+        if self.args.should_save:
+            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()},
+                      folder / "state.safetensors")
         if self.average:
             self.average.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Override of `Trainer._load_from_checkpoint`: strict, so a missing tensor is an error."""
         target = self.accelerator.unwrap_model(model or self.model)
-        target.load_state_dict(load_file(Path(resume_from_checkpoint) / "state.safetensors"), strict=True)
+        state = load_file(Path(resume_from_checkpoint) / "state.safetensors")
+        if self.is_distributed_loading_by_transformers:
+            load_full_state(target, state)
+        else:
+            target.load_state_dict(state, strict=True)
         if self.average:
             self.average.load(Path(resume_from_checkpoint))
 
     def save_result(self, out: Path) -> None:
-        """Write `out/checkpoint`; where an average is kept `out/checkpoint-ema` too, which the model then holds."""
+        """Write `out/checkpoint`; where an average is kept `out/checkpoint-ema` too, which the model then holds.
+
+        Every process of a training calls it, and process 0 writes.
+        """
         model = self.accelerator.unwrap_model(self.model)
-        save_policy(model, self.processing_class, out / "checkpoint")
+        state = full_state(model) if self.is_distributed_loading_by_transformers else None
+        if not self.is_world_process_zero():
+            return
+        save_policy(model, self.processing_class, out / "checkpoint", state)
         if self.average:
             self.average.replace_weights()
             save_policy(model, self.processing_class, out / "checkpoint-ema")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Override of `Trainer._save_optimizer_and_scheduler`, which would write process 0's part of a cut state."""
+        if not self.is_distributed_loading_by_transformers:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = full_optimizer_state(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Override of `Trainer._load_optimizer_and_scheduler`: each process takes its part of the whole state."""
+        if not self.is_distributed_loading_by_transformers:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_optimizer_state(self.model, self.optimizer.optimizer, torch.load(Path(checkpoint) / OPTIMIZER_NAME))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -157,6 +189,8 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Cut the curve back to the step the checkpoint is at, so that resumed steps stand once."""
+        if not state.is_world_process_zero:
+            return
         rows = [row for row in read_curve(self.curve) if row["step"] <= state.global_step]
         write_atomically(self.curve, "".join(json.dumps(row) + "\n" for row in rows))
         self.progress.start(state.max_steps, "steps", done=state.global_step)
@@ -175,7 +209,7 @@ class _Watch(TrainerCallback):
             self.probe.update_bias(self.bias_gamma)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step} | {key: value for key, value in logs.items()
                                              if isinstance(value, int | float)}
@@ -194,6 +228,10 @@ class _Watch(TrainerCallback):
             key: row[key] for key in ("loss", "reward", "mean_token_accuracy") if key in row})
 
     def on_save(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            distributed.barrier()  # every process has written its part
+        if not state.is_world_process_zero:
+            return
         marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
         for file in marker.parent.iterdir():
             with open(file, "rb") as handle:
@@ -206,7 +244,10 @@ class _Watch(TrainerCallback):
 
 
 def torch_threads() -> int:
-    """Threads a trainer may use: those of the machine, as Ray pins workers to one thread by default."""
-    threads = os.cpu_count() or 1
+    """Threads a trainer may use: those of the machine, as Ray pins workers to one thread by default.
+
+    Processes of one training share them.
+    """
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads

@@ -7,12 +7,14 @@ how the step is cut into micro-batches or packs.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.recipe import Precision, TrainConfig
@@ -20,32 +22,51 @@ from pipeline.stage import Progress, StageError
 from policy.adamw import adamw_class
 from policy.kernels.logprob import add_logprob_head
 from policy.model import load_policy
+from policy.parallel.processes import run_on_processes
+from policy.parallel.sharding import shard_policy
 from policy.precision import apply_precision
 from policy.recompute import recompute
 from policy.tokenizer import load_tokenizer
-from policy.training import PolicyTrainer, read_curve, torch_threads
+from policy.training import PolicyTrainer, last_checkpoint, read_curve, torch_threads
 from sft.optimizer import MuonWithAdamW
+from sft.sampler import BlanksLast, fill_with_blanks
 
 
 class PackedSFTTrainer(PolicyTrainer, SFTTrainer):
-    """`train_dataset` holds packs (`input_ids`, `labels`, `position_ids`), used as they are."""
+    """`train_dataset` holds packs (`input_ids`, `labels`, `position_ids`), used as they are.
 
-    def __init__(self, *args: Any, config: TrainConfig, **kwargs: Any):
+    `sampler` says their order; the Trainer's own where it is None.
+    """
+
+    def __init__(self, *args: Any, config: TrainConfig, sampler: Sampler | None = None, **kwargs: Any):
+        self.sampler = sampler
         super().__init__(*args, **kwargs)
+        if config.parallel.processes > 1:
+            shard_policy(self.model, config.parallel)
+            # after the Trainer's own start, which refuses to save what it could not resume; ours can
+            self.is_distributed_loading_by_transformers = True
         self.policy_config = config
         add_logprob_head(self.model)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Override of `Trainer._get_train_sampler`: many processes go through the packs in the order of one."""
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Override of `SFTTrainer.compute_loss`: adds the MTP and balance losses to TRL's."""
         config, pad_id = self.policy_config, self.processing_class.pad_token_id
         self.probe.begin(inputs["input_ids"] != pad_id)
         loss = super().compute_loss(model, dict(inputs), return_outputs=False, num_items_in_batch=num_items_in_batch)
+        # gradients are averaged over processes; these are sums over the tokens of all, as TRL's own loss is
+        processes = self.accelerator.num_processes
         if self.trains_mtp:
-            mtp_loss = self._mtp_loss(model, inputs, num_items_in_batch)
-            self._metrics["train"]["mtp_loss"].append(mtp_loss.item() * self.args.gradient_accumulation_steps)
+            mtp_loss = processes * self._mtp_loss(model, inputs, num_items_in_batch)
+            shown = self.accelerator.reduce(mtp_loss.detach(), "mean").item()
+            self._metrics["train"]["mtp_loss"].append(shown * self.current_gradient_accumulation_steps)
             loss = loss + config.mtp_lambda * mtp_loss
         if config.balance_alpha and self.probe.routers:
-            loss = loss + config.balance_alpha * self.probe.balance_loss(inputs["position_ids"], config.batch_tokens)
+            balance_loss = processes * self.probe.balance_loss(inputs["position_ids"], config.batch_tokens)
+            loss = loss + config.balance_alpha * balance_loss
         return loss
 
     def _mtp_loss(self, model, inputs: dict[str, torch.Tensor], num_items) -> torch.Tensor:
@@ -78,12 +99,31 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
 
     `in_order` takes the packs as they stand in the file (a curriculum) instead of shuffling them.
 
-    Writes `out/checkpoint`, with `ema_decay` `out/checkpoint-ema`, and `out/curve.jsonl`; returns final metrics.
-    Raises StageError when there are no packs, or when the loss stops being finite.
+    Trains on as many processes as `config.parallel` asks for, started by Ray unless it is one. Writes
+    `out/checkpoint`, with `ema_decay` `out/checkpoint-ema`, and `out/curve.jsonl`; returns final metrics. Raises
+    StageError when there are no packs, or when the loss stops being finite.
     """
-    torch_threads()
     if not pq.read_metadata(packs).num_rows:
         raise StageError(f"{packs}: no packs to train on; no sample was kept")
+    train = partial(train_here, config, start=start, packs=packs, out=out, work=work, seed=seed, dtype=dtype,
+                    progress=progress, in_order=in_order, precision=precision)
+    if config.parallel.processes == 1:
+        train()
+    else:
+        last_checkpoint(work)  # removes what a kill left, before many look
+        run_on_processes(train, config.parallel.processes, work)
+    rows = read_curve(out / "curve.jsonl")
+    tail = rows[-max(1, len(rows) // 10):]
+    return {"steps": len(rows), **{key: sum(row[key] for row in tail) / len(tail)
+                                   for key in ("loss", "mtp_loss", "mtp_accuracy", "mean_token_accuracy",
+                                               "max_violation") if key in tail[-1]}}
+
+
+def train_here(config: TrainConfig, *, start: Path, packs: Path, out: Path, work: Path, seed: int, dtype: str,
+               progress: Progress, in_order: bool = False, precision: Precision = "dtype") -> None:
+    """What each process of a training does; with `config.parallel` of many, inside their torch.distributed group."""
+    parallel = config.parallel
+    torch_threads()
     tokenizer = load_tokenizer(start)
     model = apply_precision(load_policy(start, dtype), precision)
     recompute(model, config.recompute)
@@ -91,11 +131,16 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
         "input_ids", "labels", "position_ids"])
     curve = work / "curve.jsonl"
     packs_per_step = min(config.batch_tokens // config.pack_length, len(dataset))
-    per_device = min(config.packs_per_device, packs_per_step)
+    per_device = min(config.packs_per_device, -(-packs_per_step // parallel.processes))
+    per_round = per_device * parallel.processes
+    sampler = None
+    if parallel.processes > 1:
+        count, dataset = len(dataset), fill_with_blanks(dataset, per_round, tokenizer.pad_token_id)
+        sampler = BlanksLast(count, len(dataset), seed, in_order)
     args = SFTConfig(
         output_dir=str(work), seed=seed, data_seed=seed, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
-        per_device_train_batch_size=per_device, gradient_accumulation_steps=packs_per_step // per_device,
+        per_device_train_batch_size=per_device, gradient_accumulation_steps=max(1, packs_per_step // per_round),
         train_sampling_strategy="sequential" if in_order else "random",
         num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
@@ -106,16 +151,12 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
         save_steps=config.save_steps, report_to="none", disable_tqdm=True,
         bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available())
     trainer = PackedSFTTrainer(model, args=args, train_dataset=dataset, data_collator=collate,
-                               processing_class=tokenizer, config=config,
+                               processing_class=tokenizer, config=config, sampler=sampler,
                                **_optimizer(model, config, adamw_class(dtype, precision)))
     trainer.watch(progress, curve, config.bias_gamma, packs_per_step * config.pack_length, config.ema_decay)
     trainer.train_to_the_end(work)
-    rows = read_curve(curve)
-    if any(row["loss"] != row["loss"] for row in rows):
+    if any(row["loss"] != row["loss"] for row in read_curve(curve)):
         raise StageError(f"{curve}: the loss is not a number; lower the stage's learning_rate")
     trainer.save_result(out)
-    (out / "curve.jsonl").write_text(curve.read_text())
-    tail = rows[-max(1, len(rows) // 10):]
-    return {"steps": len(rows), **{key: sum(row[key] for row in tail) / len(tail)
-                                   for key in ("loss", "mtp_loss", "mtp_accuracy", "mean_token_accuracy",
-                                               "max_violation") if key in tail[-1]}}
+    if trainer.is_world_process_zero():
+        (out / "curve.jsonl").write_text(curve.read_text())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Trainer, TrainerCallback
+from transformers.distributed.tensor_parallel import EpDispatchExpertsParallel, apply_expert_parallelism
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from trl import GRPOTrainer, SFTTrainer
 
@@ -31,6 +32,13 @@ SIGNATURES = {
     Trainer._save: "(self, output_dir=None, state_dict=None)",
     Trainer._clip_grad_norm: "(self, model)",
     Trainer._load_from_checkpoint: "(self, resume_from_checkpoint, model=None)",
+    Trainer._save_optimizer_and_scheduler: "(self, output_dir)",
+    Trainer._load_optimizer_and_scheduler: "(self, checkpoint)",
+    Trainer._get_train_sampler: "(self, train_dataset=None)",
+    EpDispatchExpertsParallel._dispatch_tokens:
+        "(self, hidden_states, top_k_index, num_local_experts, ep_group, ep_size)",
+    EpDispatchExpertsParallel._combine_tokens:
+        "(self, expert_output, top_k_weights, order, send_sizes, recv_sizes, ep_group)",
     TrainerCallback.on_save: "(self, args, state, control, **kwargs)",
     TrainerCallback.on_optimizer_step: "(self, args, state, control, **kwargs)",
     TrainerCallback.on_pre_optimizer_step: "(self, args, state, control, **kwargs)",
@@ -87,6 +95,14 @@ def test_the_grpo_trainer_still_keeps_the_attributes_ours_reads_and_sets(line):
     # the norm the curve shows is the one that was clipped
     (Trainer._run_epoch, "grad_norm = self._clip_grad_norm(model)"),
     (Trainer._save_checkpoint, "self.save_model(output_dir, _internal_call=True)"),
+    # a policy that says it is sharded is not wrapped again, and all processes take part in saving it
+    (Trainer._prepare_for_training, "if self.is_distributed_loading_by_transformers:"),
+    (Trainer.save_model, "elif self.is_distributed_loading_by_transformers and not _is_peft_model(self.model):"),
+    # TRL's loss is multiplied by the processes over which gradients are averaged: what the other losses imitate
+    (SFTTrainer.compute_loss, "loss = loss * (self.accelerator.num_processes // self.get_tp_size())"),
+    # the FP8 style is installed with the mesh of experts alone, and its senders are called as the exact ones are
+    (apply_expert_parallelism, "style.install_forward(module, ep_mesh)"),
+    (EpDispatchExpertsParallel.install_forward, "expert_output, top_k_weights, order, send_sizes, recv_sizes, ep_"),
 ])
 def test_the_library_still_does_what_an_override_relies_on(method, line):
     assert line in inspect.getsource(method)
