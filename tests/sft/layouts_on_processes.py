@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet as pq
 import torch
@@ -82,9 +83,9 @@ def train(folder: Path, start: Path, packs: Path, parallel: dict | None = None) 
     for name in ("work", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     Watched.folder = folder
-    sft.trainer.PackedSFTTrainer = Watched
-    sft.trainer.train_here(config(parallel), start=start, packs=packs, out=folder / "out", work=folder / "work", seed=0,
-                           dtype="float32", progress=Quiet(), in_order=True)
+    with mock.patch.object(sft.trainer, "PackedSFTTrainer", Watched):
+        sft.trainer.train_here(config(parallel), start=start, packs=packs, out=folder / "out", work=folder / "work",
+                               seed=0, dtype="float32", progress=Quiet(), in_order=True)
     return folder / "out/checkpoint"
 
 
