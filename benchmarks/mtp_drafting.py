@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for temperature in options.temperatures:
             for batch in options.batches:
                 # few at a time take long: a part of the requests is enough
-                rows += measure(label, plain, drafting, asked[:max(8, min(count, 4 * batch))], batch,
+                rows += measure(label, plain, drafting, asked[:max(4, 2 * batch)], batch,
                                 Sampling(temperature, length), rounds)
     report(rows, options.json)
     ray.shutdown()
