@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.stage import StageError
 
@@ -35,20 +36,15 @@ def run_on_processes(function: Callable[[], None], count: int, folder: Path) -> 
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        raise explained(error.worker_failures, count) from None
+        raise explained(error, count) from None
 
 
-def explained(failures: dict[int, BaseException], count: int) -> StageError:
-    """The StageError among what processes raised, by rank; where there is none, one that tells all of them."""
-    for failure in failures.values():
-        if isinstance(cause := _cause(failure), StageError):
-            return cause
-    told = "\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items()))
-    return StageError(f"{len(failures)} of {count} processes of a training failed:\n{told}")
+def explained(error: Any, count: int) -> StageError:
+    """The StageError among what processes raised; where there is none, one with rank and stack of each that failed.
 
-
-def _cause(failure: BaseException) -> BaseException:
-    """What the function raised, inside what Ray wraps around it."""
-    while (inner := getattr(failure, "_base_exc", None) or failure.__cause__) is not None:
-        failure = inner
-    return failure
+    error: ray.train.WorkerGroupError.
+    """
+    for failure in error.worker_failures.values():
+        if isinstance(failure, StageError):
+            return failure
+    return StageError(f"{len(error.worker_failures)} of {count} processes of a training failed:\n{error}")

@@ -1,5 +1,6 @@
 """Trainings on processes that Ray starts, as a stage does it."""
 
+import re
 from pathlib import Path
 
 import layouts_on_processes as layouts
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from test_packing import random_samples
 from tiny_models import Quiet, save_tiny, tiny_tokenizer
 
@@ -58,11 +60,14 @@ def test_a_training_on_two_processes_is_that_of_one(tmp_path, running_ray):
     progress.close()
 
 
-def test_what_processes_raised_is_told_by_rank():
-    failures = {1: UserExceptionWithTraceback(RuntimeError("what one met"), "stack of one"),
-                0: UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "stack of the other")}
-    told = str(explained(failures, 4))
-    assert told.startswith("2 of 4 processes of a training failed:\nrank 0: ")
-    assert told.index("stack of the other") < told.index("rank 1: ") < told.index("stack of one")
-    failures[1] = UserExceptionWithTraceback(StageError("give a folder"), "stack of one")
-    assert str(explained(failures, 4)) == "give a folder"
+def test_what_processes_raised_is_told_by_rank_with_its_stack():
+    def failed(raised):
+        statuses = {rank: WorkerStatus(False, UserExceptionWithTraceback(error, f"Traceback: {error}"))
+                    for rank, error in raised.items()}
+        return WorkerGroupPollStatus(statuses).get_worker_group_error()  # as Ray Train makes it
+
+    told = str(explained(failed({0: RuntimeError("closed by peer"), 3: RuntimeError("what one met")}), 4))
+    assert told.startswith("2 of 4 processes of a training failed:")
+    assert re.search(r"Rank 0 .*Traceback: closed by peer.*Rank 3 .*Traceback: what one met", told, re.DOTALL)
+    told = explained(failed({0: RuntimeError("closed by peer"), 1: StageError("give a folder")}), 2)
+    assert str(told) == "give a folder"
