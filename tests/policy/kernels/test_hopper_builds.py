@@ -9,7 +9,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[3]
-# registers a thread, KiB of shared memory a program; an SM has 65,536 registers and 227 KiB
+# registers a thread, KiB of shared memory a program; an SM has 65,536 registers and 227 KiB. Compilers differ: Triton
+# 3.7 takes 247 registers for log-probs, 3.9 takes 184
 BUDGET = {
     "quantise tiles": (72, 1),
     "quantise columns": (112, 16),
@@ -35,7 +36,7 @@ BUDGET = {
     "bf16 experts Wgrad": (144, 128),
     "router": (80, 1),
     "router, replay": (80, 1),
-    "log-probs + entropies": (200, 96),
+    "log-probs + entropies": (255, 96),
     "gradient of logits": (200, 96),
 }
 
