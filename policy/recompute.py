@@ -4,7 +4,8 @@ Three parts can be chosen, as in the paper:
 
 - `norm`: RMSNorm. Neither what it saves for itself nor its output, which the projections after it would save, is kept.
 - `mla_up`: between MLA's latents and attention: the up-projections, their norms, rotary embedding, keys and values.
-- `swiglu`: the product of gate and up-projection, and the experts' copy of their tokens.
+- `swiglu`: the product of gate and up-projection, and the experts' copy of their tokens. The project's own experts
+  (`policy/kernels/experts.py`) keep neither, whatever is chosen here.
 
 Matrix products other than the up-projections, and attention itself, are never computed twice. The graph of the
 backward pass stays as it is and only what it reads is made again, so gradients do not change in any bit; a second

@@ -52,7 +52,8 @@ def extend(context: StageContext) -> StageResult:
             rows = list(_rows(context, tokenizer, index))
             counts = write_packs(context, tokenizer, rows, phase.pack_length, work / "packs.parquet").counts
             metrics = train_sft(phase, start=start, packs=work / "packs.parquet", out=out, work=work / "trainer",
-                                seed=context.seed, dtype=model.dtype, progress=context.progress)
+                                seed=context.seed, dtype=model.dtype, precision=model.precision,
+                                progress=context.progress)
         start = out / "checkpoint"
     table = retrieval(context, {"before": base, "after": start}, original, longest)
     for name in ("before", "after"):
@@ -61,7 +62,7 @@ def extend(context: StageContext) -> StageResult:
                      if length in lengths]
             metrics[f"{name}/{place}"] = sum(found) / max(1, len(found))
     if context.config["engine"].probe_checkpoints:
-        metrics["long_logprob_error"] = _prove(context, start, original, longest)
+        metrics["long_logprob_error"] = prove_beyond(context, start, original, longest)
     (context.out / "needles.json").write_text(json.dumps({"original": original, **table}, indent=2))
     context.progress.note(f"facts found beyond {original} tokens: {metrics['before/beyond']:.0%} before, "
                           f"{metrics['after/beyond']:.0%} after")
@@ -169,7 +170,7 @@ def retrieval(context: StageContext, checkpoints: dict[str, Path], original: int
     return table
 
 
-def _prove(context: StageContext, checkpoint: Path, original: int, longest: int) -> float:
+def prove_beyond(context: StageContext, checkpoint: Path, original: int, longest: int) -> float:
     """Largest log-prob difference of trainer and engine over rows beyond the original length, or StageError."""
     from policy.model import load_policy
     from rl.sync import logprob_error
@@ -178,7 +179,7 @@ def _prove(context: StageContext, checkpoint: Path, original: int, longest: int)
     opened = open_model(checkpoint, model, engine, context.seed)
     policy = load_policy(checkpoint, model.dtype).eval()
     lengths = [original + (longest - 1 - original) * (row + 1) // PROBED for row in range(PROBED)]
-    error = logprob_error(policy, opened.engine, engine.max_logprob_error, lengths)
+    error = logprob_error(policy, opened.engine, engine.max_logprob_error, lengths=lengths)
     if not error <= engine.max_logprob_error:
         raise StageError(f"extend: engine and trainer differ by {error:.2e} in log-prob on rows of {lengths} tokens "
                          f"(engine.max_logprob_error is {engine.max_logprob_error:g}); they read the rotary parameters "

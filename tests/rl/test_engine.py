@@ -1,5 +1,6 @@
 """One real vLLM engine on a random tiny policy, shared by all tests here (its start takes most of the time)."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,14 +10,15 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from tiny_models import save_tiny, scatter_biases, tiny_policy, tiny_tokenizer
+from tiny_models import Quiet, save_tiny, scatter_biases, tiny_policy, tiny_tokenizer
 
-from pipeline.recipe import EngineConfig
-from pipeline.stage import StageError
+from pipeline.recipe import EngineConfig, ModelConfig, TinyModel
+from pipeline.stage import StageContext, StageError
 from policy.model import load_policy, save_policy
 from policy.shards import checksum
 from rl.engine import Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
 from rl.sync import PROBE_LENGTHS, _prove, engine_tensors, logprob_error, prove_checkpoint, sync_weights
+from workflows.context import prove_beyond
 
 ROOT = Path(__file__).parents[2]
 LENGTH, BOUND = 64, 1e-4
@@ -55,6 +57,15 @@ def sent(model, engine):
     """What a sync sends, and its checksums."""
     tensors = {name: tensor.clone() for name, tensor in engine_tensors(model, engine).items()}
     return tensors, {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+def test_the_stage_that_extends_a_context_proves_the_engine_beyond_the_original_length(engine, folder, tmp_path):
+    model = ModelConfig(source=TinyModel(context_length=16), dtype="float32", max_length=LENGTH)
+    context = StageContext("extend", {"model": model, "engine": CONFIG}, {}, tmp_path, tmp_path, 0, Quiet())
+    assert 0 < prove_beyond(context, folder, 16, LENGTH) <= BOUND
+    with pytest.raises(StageError, match="extend: engine and trainer differ by"):
+        strict = CONFIG.model_copy(update={"max_logprob_error": 1e-12})
+        prove_beyond(dataclasses.replace(context, config={"model": model, "engine": strict}), folder, 16, LENGTH)
 
 
 def test_engine_and_trainer_agree_beyond_the_length_the_policy_was_extended_from(engine, folder):
