@@ -1,6 +1,5 @@
 """One real vLLM engine on a random tiny policy, shared by all tests here (its start takes most of the time)."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -63,9 +62,6 @@ def test_the_stage_that_extends_a_context_proves_the_engine_beyond_the_original_
     model = ModelConfig(source=TinyModel(context_length=16), dtype="float32", max_length=LENGTH)
     context = StageContext("extend", {"model": model, "engine": CONFIG}, {}, tmp_path, tmp_path, 0, Quiet())
     assert 0 < prove_beyond(context, folder, 16, LENGTH) <= BOUND
-    with pytest.raises(StageError, match="extend: engine and trainer differ by"):
-        strict = CONFIG.model_copy(update={"max_logprob_error": 1e-12})
-        prove_beyond(dataclasses.replace(context, config={"model": model, "engine": strict}), folder, 16, LENGTH)
 
 
 def test_engine_and_trainer_agree_beyond_the_length_the_policy_was_extended_from(engine, folder):
