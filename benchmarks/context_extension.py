@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from figures import Row, report
+from figures import Row, Silent, report
 
 from distill.needles import needle
 from pipeline.recipe import EngineConfig, ExtendConfig, ModelConfig, TinyModel, TrainConfig, YarnConfig
@@ -31,19 +31,6 @@ from workflows.data import write_packs
 
 SHORT, FACTOR = 64, 4
 VOCAB = 400
-
-
-class Silent:
-    """A progress that shows nothing."""
-
-    def start(self, total, unit, done=0):
-        pass
-
-    def advance(self, count=1, **metrics):
-        pass
-
-    def note(self, text):
-        pass
 
 
 def schedule(length: int, steps: int, tokens: int, muon: float) -> TrainConfig:

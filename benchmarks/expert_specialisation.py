@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Row, report
+from figures import Row, Silent, report
 
 from distill.prompts import prompt_messages, worked_completion
 from evaluation.specialisation import expert_load, specialisation
@@ -45,16 +45,6 @@ STYLE = ("svg{background:#fff}text{font:10px sans-serif;fill:#444}.title{font-we
          ".heat rect{fill:#1f5fa8;stroke:#e9eae8;stroke-width:.3}"
          "@media(prefers-color-scheme:dark){svg{background:#1b1e21}"
          "text{fill:#9ba3ac}.title{fill:#e4e6e8}.heat rect{fill:#7fb2ee;stroke:#292d31}}")
-
-
-class Silent:
-    """A `Progress` nobody watches."""
-
-    def start(self, total: int | None, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, count: int = 1, **metrics: float) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def settings(small: bool, steps: int) -> Recipe:

@@ -22,6 +22,16 @@ STYLE = "text{font:9px sans-serif;fill:#555}.grid{stroke:#ddd}.cross{display:non
 HEAD = 26  # above a panel, for its title and legend
 
 
+class Silent:
+    """A `Progress` nobody watches."""
+
+    def start(self, total: int | None, unit: str, done: int = 0) -> None: ...
+
+    def advance(self, count: int = 1, **metrics: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
 def report(rows: Sequence[Row], file: Path | None) -> None:
     """Print the rows, and write them to `file` where one is given."""
     table = Table("what", "figure", "unit", box=None, header_style="bold", pad_edge=False)

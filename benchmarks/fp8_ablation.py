@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from figures import Row, report, save_chart
+from figures import Row, Silent, report, save_chart
 
 from pipeline.recipe import Recipe, TrainConfig
 from pipeline.recipe_file import load_recipe
@@ -40,21 +40,12 @@ SMALL = ["model.source.hidden_size=32", "domains.math.splits.corpus=300", "domai
 Curve = list[float]
 
 
-class Silent:
-    """A `Progress` nobody watches."""
-
-    def start(self, total: int | None, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, count: int = 1, **metrics: float) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 def trained_base(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
     """The checkpoint of a base, by the stages of the recipe, and the packs it has not seen."""
     inputs = {}
     for name, stage, config in (("problems", data.problems, {"domains": recipe.domains}),
-                                ("base", expert.base, {"model": recipe.model, "base": recipe.base})):
+                                ("base", expert.base, {"model": recipe.model, "base": recipe.base,
+                                                        "needle_share": 0.0})):
         out, work = folder / name, folder / f"{name}-work"
         out.mkdir(), work.mkdir()
         stage(StageContext(name, config, dict(inputs), out, work, recipe.seed, Silent()))
