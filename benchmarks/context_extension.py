@@ -4,7 +4,7 @@
 
 A DeepSeek-V3-shaped model of two layers learns from nothing to find facts in contexts of 64 tokens. The `extend` stage
 then makes it 256, in two phases as the paper's. Beside it stand YaRN without training, and as much training on the
-same rows without YaRN. With --small every training has two steps: it shows that all parts run, and no effect.
+same rows without YaRN. --small is the least training that shows the effect.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SHORT, FACTOR = 64, 4
 VOCAB = 400
 
 
-def schedule(length: int, steps: int, tokens: int, muon: float) -> TrainConfig:
+def schedule(length: int, steps: int, tokens: int, learning_rate: float, muon: float) -> TrainConfig:
     return TrainConfig(max_steps=steps, pack_length=length, batch_tokens=tokens, packs_per_device=tokens // length,
-                       learning_rate=2e-3, min_learning_rate=2e-4, muon_learning_rate=muon, warmup_steps=10,
+                       learning_rate=learning_rate, min_learning_rate=2e-4, muon_learning_rate=muon, warmup_steps=10,
                        weight_decay=0.0, mtp_lambda=0.0, save_steps=steps)
 
 
@@ -65,12 +65,12 @@ def unextended(base: Path, length: int, out: Path) -> Path:
 
 def measure(small: bool, seed: int, folder: Path) -> dict:
     """Shares of facts found by length and depth for each model, the tokens each trained on and the seconds it took."""
-    base_train = schedule(SHORT, 2 if small else 400, 2048, 0.02)
-    phases = tuple(schedule(times * SHORT, 2 if small else 80, 4096, 0.01) for times in (2, FACTOR))
+    base_train = schedule(SHORT, 300, 2048, 2e-3, 0.02) if small else schedule(SHORT, 400, 4096, 2e-3, 0.01)
+    phases = tuple(schedule(times * SHORT, 30 if small else 40, 4096, 1e-3, 0.005) for times in (2, FACTOR))
     model = ModelConfig(source=TinyModel(context_length=SHORT), dtype="float32", max_length=FACTOR * SHORT)
     config = {"model": model, "engine": EngineConfig(probe_checkpoints=False),
               "extend": ExtendConfig(yarn=YarnConfig(factor=FACTOR), phases=phases, needle_share=1.0,
-                                     needles=1 if small else 40)}
+                                     needles=20 if small else 40)}
     context = StageContext("extend", config, {"base": folder / "base"}, folder / "out", folder / "work", seed, Silent())
     context.out.mkdir()
     context.work.mkdir()

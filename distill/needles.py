@@ -18,6 +18,7 @@ from pipeline.records import Message
 KINDS = {"name": NAMES, "thing": NOUNS, "color": COLORS}
 FILLERS = QUALITIES
 MENTIONS = 4  # of a kind, at most
+APART = 8  # the latest mention stands an eighth of the context behind those before it
 LEAST_ITEMS = MENTIONS * len(KINDS)
 ASKED = "Latest: "
 
@@ -28,21 +29,20 @@ def needle(rng: Random, items: int, *, depth: float | None = None, asked: int = 
     """A context of `items` words, a question about `asked` kinds, and the answer.
 
     depth: where in the context (0 to 1) the latest mention of the first kind asked for stands, after MENTIONS - 1
-    earlier ones if there is room before it; with None every kind has 1 to MENTIONS mentions anywhere.
+    earlier ones if there is room before it; with None every kind has up to MENTIONS mentions anywhere.
     """
     words = [rng.choice(FILLERS) for _ in range(items)]
     free = rng.sample(range(items), items)
     kinds = rng.sample(list(KINDS), len(KINDS))
     latest = {}
     for kind in kinds:
-        places = free[:rng.randint(1, MENTIONS)]
+        last, mentions = free[0], rng.randint(1, MENTIONS)
         if depth is not None and kind == kinds[0]:
-            last = round(depth * (items - 1))
-            places = [last, *[place for place in free if place < last][:MENTIONS - 1]]
-        for place in places:
-            words[place] = rng.choice(KINDS[kind])
+            last, mentions = round(depth * (items - 1)), MENTIONS
+        earlier = [place for place in free if place <= last - items // APART]
+        for place in (*earlier[:mentions - 1], last):
+            words[place] = latest[kind] = rng.choice(KINDS[kind])
             free.remove(place)
-        latest[kind] = words[max(places)]
     return _row(words, {kind: latest[kind] for kind in kinds[:asked]})
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.records import Message
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ORIGINAL_SHARE = 0.25  # of the needles' tokens are in rows of the original length, which would be unlearnt without
 PROBED = 4  # rows that engine and trainer are compared on
 
 Row = tuple[str, list, str]  # id, messages, completion
@@ -49,7 +50,7 @@ def extend(context: StageContext) -> StageResult:
         out = context.out if last else work / "out"
         if not (out / "checkpoint" / "tensors.json").exists():
             work.mkdir(exist_ok=True)
-            rows = list(_rows(context, tokenizer, index))
+            rows = list(_rows(context, tokenizer, index, original))
             counts = write_packs(context, tokenizer, rows, phase.pack_length, work / "packs.parquet").counts
             metrics = train_sft(phase, start=start, packs=work / "packs.parquet", out=out, work=work / "trainer",
                                 seed=context.seed, dtype=model.dtype, precision=model.precision,
@@ -77,7 +78,8 @@ def needle_rows(tokenizer: PreTrainedTokenizerBase, rng: Random, length: int, co
         return []
     items = items_that_fit(length, encoder(tokenizer))
     found = [needle(rng, items, asked=rng.randint(1, len(KINDS))) for _ in range(count)]
-    return [(f"needle-{index}", list(messages), completion) for index, (messages, completion) in enumerate(found)]
+    return [(f"needle-{length}-{index}", list(messages), completion)
+            for index, (messages, completion) in enumerate(found)]
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase):
@@ -90,13 +92,15 @@ def encoder(tokenizer: PreTrainedTokenizerBase):
     return encode
 
 
-def _rows(context: StageContext, tokenizer: PreTrainedTokenizerBase, index: int) -> Iterator[Row]:
-    """Needles and long documents for one phase, in the shares of the recipe."""
+def _rows(context: StageContext, tokenizer: PreTrainedTokenizerBase, index: int, original: int) -> Iterator[Row]:
+    """Needles and long documents for one phase, in the shares of the recipe; `original` is the base's context."""
     config = context.config["extend"]
     phase = config.phases[index]
     wanted, length = phase.max_steps * phase.batch_tokens, phase.pack_length
     needles = round(wanted * config.needle_share / length)
-    yield from needle_rows(tokenizer, Random(f"{context.seed}/needles/{index}"), length, needles)
+    rng, kept = Random(f"{context.seed}/needles/{index}"), round(needles * ORIGINAL_SHARE)
+    yield from needle_rows(tokenizer, rng, length, needles - kept)
+    yield from needle_rows(tokenizer, rng, original, kept * (length // original))
     left = wanted - needles * length
     if left < length:
         return
