@@ -35,6 +35,8 @@ from workflows import data, expert
 
 ROOT = Path(__file__).parents[1]
 BOUND = 0.25  # per cent; section 3.3
+# twice the recipe's, so that there are packs the base has not seen
+SIZES = ["domains.math.splits.corpus=5000", "domains.logic.splits.corpus=5000"]
 SMALL = ["model.source.hidden_size=32", "domains.math.splits.corpus=300", "domains.code.splits.corpus=100",
          "domains.logic.splits.corpus=100", "domains.writing.splits.corpus=100"]
 Curve = list[float]
@@ -151,14 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--svg", type=Path, help="write the plot there")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--base-steps", type=int, default=150)
+    parser.add_argument("--base-steps", type=int, default=450)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args(arguments)
     if options.small:
         options.seeds, options.base_steps, options.steps = 2, 4, 8
     recipe = load_recipe(ROOT / "recipes/tiny.yaml", [
         f"base.max_steps={options.base_steps}", f"model.source.drill_steps={options.base_steps // 3}",
-        *(SMALL if options.small else [])])
+        *(SMALL if options.small else SIZES)])
     config = recipe.base.model_copy(update={
         "max_steps": options.steps, "muon_learning_rate": None, "learning_rate": 1e-3, "min_learning_rate": 1e-4,
         "warmup_steps": options.steps // 10, "save_steps": 10 * options.steps})

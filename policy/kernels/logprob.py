@@ -30,7 +30,8 @@ def linear_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.T
     """Log-probs of `targets` under softmax(hidden @ weight.T / temperature), entropies, and whether each is the mode.
 
     hidden: [tokens, width]; weight: [vocab, width]; targets: int64 [tokens]. Returns float32 [tokens], float32
-    [tokens] and bool [tokens]. Gradients flow through the first two, accumulated in FP32.
+    [tokens] and bool [tokens]. Gradients flow through the first two: those of logits are computed in FP32 and rounded
+    to the model's dtype for the last two products, that of `weight` is summed over chunks in FP32.
     """
     return _LinearLogprobs.apply(hidden, weight, targets, temperature)
 
@@ -50,14 +51,15 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropies, _grad_is_mode):
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         logit_gradient, grad_hidden = _implementation(hidden).logit_gradient, torch.empty_like(hidden)
+        head = weight if runs_triton(hidden) else weight.float()  # once, not for every chunk
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden):
             upstream = (None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropies))
-            grad = logit_gradient(hidden[rows], weight, targets[rows], normalizers[rows], entropies[rows], *upstream,
+            grad = logit_gradient(hidden[rows], head, targets[rows], normalizers[rows], entropies[rows], *upstream,
                                   ctx.temperature)
-            grad_hidden[rows] = grad @ weight.to(grad.dtype)
+            grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[rows].to(grad.dtype)
+                grad_weight += grad.t() @ hidden[rows]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
@@ -96,7 +98,10 @@ def statistics(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 def logit_gradient(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, normalizers: torch.Tensor,
                    entropies: torch.Tensor, d_logprobs: torch.Tensor | None, d_entropies: torch.Tensor | None,
                    temperature: float) -> torch.Tensor:
-    """The gradient [tokens, vocab] of hidden @ weight.T, FP32; a gradient from above that is None counts as zeros."""
+    """The gradient [tokens, vocab] of hidden @ weight.T, computed in FP32 and returned in hidden's dtype.
+
+    `normalizers` and `entropies` are those of `statistics`; a gradient from above that is None counts as zeros.
+    """
     grad = (hidden.float() @ weight.float().t()).div_(temperature).sub_(normalizers[:, None])
     if d_entropies is None:
         # d logprob(target) / d logit = 1[target] - p
@@ -107,7 +112,7 @@ def logit_gradient(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
         grad.exp_().mul_(slope if d_logprobs is None else slope.sub_(d_logprobs[:, None]))
     if d_logprobs is not None:
         grad.scatter_add_(1, targets[:, None], d_logprobs[:, None])
-    return grad.div_(temperature)
+    return grad.div_(temperature).to(hidden.dtype)
 
 
 def _chunks(hidden: torch.Tensor) -> list[slice]:

@@ -54,6 +54,15 @@ def test_bfloat16_states_give_log_probs_that_were_never_rounded_to_bfloat16():
     assert mine < 1e-4 < (rounded - exact).abs().max()
 
 
+def test_gradients_of_a_bfloat16_head_are_off_by_its_rounding_alone(monkeypatch):
+    monkeypatch.setattr(logprob, "CPU_CHUNK", 16)
+    hidden, weight, targets = head(64, torch.bfloat16)
+    for mine, theirs in zip(*(torch.autograd.grad((values[0] - 0.5 * values[1]).sum(), (hidden, weight)) for values in (
+            linear_logprobs(hidden, weight, targets), from_logits(hidden, weight, targets, 1.0))), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - theirs.double()).norm() < 5e-3 * theirs.double().norm()
+
+
 def test_the_head_returns_what_that_of_trl_does(monkeypatch):
     monkeypatch.setattr(logprob, "CPU_CHUNK", 5)
     ids = torch.randint(40, 90, (2, 16), generator=torch.Generator().manual_seed(0))
