@@ -114,7 +114,7 @@ def _placed(x: float, y: float, height: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="three steps each: everything runs, nothing is learned")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 2,048 tokens each")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of 2,048 tokens each")
     parser.add_argument("--json", type=Path, help="write the figures and all loads there")
     parser.add_argument("--svg", type=Path, help="draw the loads there")
     options = parser.parse_args(arguments)
