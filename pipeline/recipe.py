@@ -82,6 +82,7 @@ class DomainConfig(Section):
         "or says whether they match a free-form reference")
     principles: list[str] = Field([], description="a constitution: what every answer of the domain is judged by, "
                                   "beside the principles of its own problem")
+    license: str | None = Field(None, description="of the source, as the dataset card names it")
     feedback: Literal["reward_model", "self"] = Field(
         "reward_model", description="the judge in RL; self: the policy as it was when RL began, by its own votes "
         "(section 5.4.2)")
@@ -332,6 +333,13 @@ class CurateConfig(Section):
     plain_thinking: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict, description="per domain, the most of its plainly asked samples that may think, so that "
         "RL has both patterns to choose from; no limit where none is given")
+    near_duplicate: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        0.85, description="similarity (Jaccard, of runs of five words) from which on two samples are one")
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.002, description="of the problems, whose samples are the set's validation split")
+    evaluation_files: tuple[LocalPath, ...] = Field(
+        (), description="JSONL files of other evaluation sets; no sample may share 13 words with a text in them, as "
+        "none may with the held-out split")
 
     @model_validator(mode="after")
     def _consistent(self) -> CurateConfig:

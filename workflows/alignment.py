@@ -23,7 +23,7 @@ def sft(context: StageContext) -> StageResult:
     start = base_checkpoint(context)
     make_room(start)
     metrics = train_sft(context.config["sft"], start=start,
-                        packs=context.inputs["pack"] / "packs.parquet", out=context.out, work=context.work,
+                        packs=context.inputs["pack"] / "packs", out=context.out, work=context.work,
                         seed=context.seed, dtype=context.config["model"].dtype,
                         precision=context.config["model"].precision, progress=context.progress)
     return StageResult(metrics=metrics, key_metric="loss")
@@ -127,7 +127,7 @@ def _match_cases(context: StageContext, problems: dict[str, Problem]) -> tuple[l
 
     if not any(problem.check.kind == "match" for problem in problems.values()):
         return [], []
-    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
+    samples = read_table(context.inputs["verify"] / "samples", Sample)
     worked = [problem for problem in problems.values() if problem.split == "sft"]
     heldout = {id_ for id_ in problems if int(content_id(id_, "match")[:8], 16) % HELDOUT_SHARE == 0}
     sides = []

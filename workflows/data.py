@@ -1,4 +1,4 @@
-"""Stages that make and shape the SFT set: problems, expert samples, verdicts, rejection, curation, packs."""
+"""Stages at the beginning of the data: problems, expert samples, verdicts; and what makes packs of any rows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.records import Problem, Sample, read_table, write_table
 from pipeline.stage import StageContext, StageResult
-
-PACKS = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())),
-                   ("position_ids", pa.list_(pa.int32())), ("sample_ids", pa.list_(pa.string()))])
 
 
 def problems(context: StageContext) -> StageResult:
@@ -41,8 +37,8 @@ def problems(context: StageContext) -> StageResult:
 
 def load_problems(context: StageContext, split: str | None = None, domain: str | None = None) -> list[Problem]:
     """Problems of the input stage, of one split and domain if given."""
-    rows = read_table(context.inputs["problems"] / "problems.parquet", Problem)
-    return [p for p in rows if split in (None, p.split) and domain in (None, p.domain)]
+    where = [(name, "=", value) for name, value in (("split", split), ("domain", domain)) if value is not None]
+    return read_table(context.inputs["problems"] / "problems.parquet", Problem, where or None)
 
 
 def base_checkpoint(context: StageContext) -> Path:
@@ -70,7 +66,7 @@ def generate(context: StageContext, domain: str) -> StageResult:
                                "max_tokens": config.max_tokens},
                      log_path=context.work / "requests.jsonl", shard_prompts=config.shard_prompts, seed=context.seed,
                      progress=context.progress)
-    write_table(context.out / "samples.parquet", samples, Sample)
+    write_table(context.out / "samples/part-00000.parquet", samples, Sample)
     finished = sum(sample.finish_reason == "stop" for sample in samples)
     return StageResult(counts={"problems": len(chosen), "samples": len(samples)},
                        metrics={"finished_share": finished / max(1, len(samples)),
@@ -89,7 +85,7 @@ def verify(context: StageContext) -> StageResult:
     names = [name for name in context.inputs if name.startswith("generate-")]
     for name in names:
         domain = name.removeprefix("generate-")
-        samples = read_table(context.inputs[name] / "samples.parquet", Sample)
+        samples = read_table(context.inputs[name] / "samples", Sample)
         judge = None
         if domain in judged:
             expert = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
@@ -99,7 +95,7 @@ def verify(context: StageContext) -> StageResult:
         with open_verifier(judge, sampled, context.config["isolation"]) as verifier:
             verified += with_verdicts(samples, by_id, verifier.verify_batch, 256, context.progress)
     check_infrastructure([sample.verdict for sample in verified], context.name)
-    write_table(context.out / "samples.parquet", verified, Sample)
+    write_table(context.out / "samples/part-00000.parquet", verified, Sample)
     statuses = Counter(sample.verdict.status.value for sample in verified)
     reasons = Counter(sample.verdict.reason for sample in verified)
     return StageResult(counts={"samples": len(verified), "statuses": dict(statuses), "reasons": dict(reasons)},
@@ -108,71 +104,25 @@ def verify(context: StageContext) -> StageResult:
                        key_metric="correct_share")
 
 
-def reject(context: StageContext) -> StageResult:
-    """Best of n: correct, well-formed, concise."""
-    from distill import rejection
-
-    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
-    kept, rejected, funnel = rejection.reject(samples, load_problems(context), context.config["reject"])
-    write_table(context.out / "samples.parquet", kept, Sample)
-    write_table(context.out / "rejected.parquet", _marked(rejected), Sample)
-    return StageResult(counts={"in": len(samples), "out": len(kept), "funnel": funnel},
-                       metrics={"kept_share": len(kept) / max(1, len(samples))}, key_metric="kept_share")
-
-
-def curate(context: StageContext) -> StageResult:
-    """Deduplicate, decontaminate against the held-out split, mix to quotas."""
-    from distill import curation
-
-    samples = read_table(context.inputs["reject"] / "samples.parquet", Sample)
-    kept, dropped, funnel = curation.curate(samples, load_problems(context), context.config["curate"], context.seed)
-    write_table(context.out / "samples.parquet", kept, Sample)
-    write_table(context.out / "dropped.parquet", _marked(dropped), Sample)
-    return StageResult(counts={"in": len(samples), "out": len(kept), "funnel": funnel,
-                               "forms": dict(Counter(sample.form for sample in kept))},
-                       metrics={"samples": len(kept)}, key_metric="samples")
-
-
-def _marked(lost) -> list[Sample]:
-    """Lost samples with the reason in their provenance, where `lineage` finds it."""
-    import dataclasses
-
-    return [dataclasses.replace(sample, provenance=json.dumps({**json.loads(sample.provenance), "reason": reason}))
-            for sample, reason in lost]
-
-
-def pack(context: StageContext) -> StageResult:
-    """Tokenise the curated samples, and the judge demonstrations of the corpus, into packs."""
-    from distill.judging import judge_demonstrations
-    from policy.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(base_checkpoint(context))
-    samples = read_table(context.inputs["curate"] / "samples.parquet", Sample)
-    demonstrations = judge_demonstrations(load_problems(context, "sft"), context.seed)
-    rows = [(sample.id, list(sample.messages), sample.completion) for sample in samples] + demonstrations
-    result = write_packs(context, tokenizer, rows, context.config["pack_length"], context.out / "packs.parquet")
-    result.counts |= {"samples": len(samples), "judge_demonstrations": len(demonstrations)}
-    return result
-
-
 def write_packs(context: StageContext, tokenizer, rows, pack_length: int, path) -> StageResult:
     """Pack (id, messages, completion) rows; the loss is on completions. A row without messages is plain text."""
-    from policy.tokenizer import completion_ids, prompt_ids
+    from policy.tokenizer import encode_samples
     from sft.packing import TokenizedSample, pack_samples
 
-    tokenized = []
     context.progress.start(len(rows), "samples")
-    for row_id, messages, completion in rows:
-        prompt = prompt_ids(tokenizer, messages) if messages else [tokenizer.bos_token_id]
-        tokenized.append(TokenizedSample(row_id, [*prompt, *completion_ids(tokenizer, completion)],
-                                         len(prompt)))
-        context.progress.advance(1)
-    packs, too_long = pack_samples(tokenized, pack_length, tokenizer.pad_token_id, context.seed)
-    pq.write_table(pa.Table.from_pylist([vars(p) for p in packs], schema=PACKS), path, compression="zstd")
-    tokens = sum(len(sample.input_ids) for sample in tokenized if len(sample.input_ids) <= pack_length)
+    encoded = encode_samples(tokenizer, [messages for _, messages, _ in rows], [text for _, _, text in rows])
+    samples = [TokenizedSample(row[0], prompt + completion, len(prompt))
+               for row, (prompt, completion) in zip(rows, encoded, strict=True)]
+    packs, too_long = pack_samples(samples, pack_length, tokenizer.pad_token_id, context.seed)
+    pq.write_table(packs, path, compression="zstd")
+    context.progress.advance(len(rows))
+    tokens = sum(len(sample.input_ids) for sample in samples if len(sample.input_ids) <= pack_length)
+    return packed(context, len(packs), tokens, len(too_long), pack_length)
+
+
+def packed(context: StageContext, packs: int, tokens: int, too_long: int, pack_length: int) -> StageResult:
+    """What a stage says of its packs."""
     if too_long:
-        context.progress.note(f"{len(too_long)} of {len(rows)} samples are longer than pack_length {pack_length} "
-                              "and were left out")
-    fill = tokens / max(1, len(packs) * pack_length)
-    return StageResult(counts={"packs": len(packs), "tokens": tokens, "too_long": len(too_long)},
-                       metrics={"fill": fill}, key_metric="fill")
+        context.progress.note(f"{too_long} samples are longer than pack_length {pack_length} and were left out")
+    return StageResult(counts={"packs": packs, "tokens": tokens, "too_long": too_long},
+                       metrics={"fill": tokens / max(1, packs * pack_length)}, key_metric="fill")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.stage import Stage
-from workflows import alignment, context, data, ending, expert
+from workflows import alignment, context, data, ending, expert, sft_set
 
 # What stage functions import inside, by what they do; what those modules import themselves follows from them.
 PACKED = ("policy.tokenizer", "sft.packing")
@@ -33,6 +33,7 @@ def build(recipe: Recipe) -> list[Stage]:
                                   f"(got {domain.splits.get(split, 0)})")
     domains = list(recipe.domains)
     judged = [name for name, domain in recipe.domains.items() if domain.judged]
+    principled = [name for name in judged if recipe.domains[name].judged == "principles"]
     feedback = {name: recipe.domains[name].feedback for name in judged}
     shared = {"model": recipe.model, "engine": recipe.engine}
     verified = {**shared, "isolation": recipe.isolation}
@@ -78,19 +79,21 @@ def build(recipe: Recipe) -> list[Stage]:
     stages += [
         Stage("verify", data.verify, {**verified, "judged": judged}, ("problems", *generated, *judges),
               modules=("workflows.data", *SAMPLED, "rewards"), title="A verdict for every sample"),
-        Stage("reject", data.reject, {"reject": recipe.reject}, ("problems", "verify"),
-              modules=("workflows.data", "distill.rejection"), title="Keep correct, well-formed, concise samples"),
-        Stage("curate", data.curate, {"curate": recipe.curate}, ("problems", "reject"),
-              modules=("workflows.data", "distill.curation"), title="Deduplicate, decontaminate, mix to quotas"),
-        Stage("pack", data.pack, {"pack_length": recipe.sft.pack_length}, ("problems", base, "curate"),
-              modules=("workflows.data", *PACKED, "distill.judging"),
+        Stage("reject", sft_set.reject, {"reject": recipe.reject, "principled": principled}, ("verify",),
+              modules=("workflows.sft_set",), title="Keep correct, well-formed, concise samples"),
+        Stage("curate", sft_set.curate,
+              {"curate": recipe.curate, "licenses": {name: domain.license for name, domain in recipe.domains.items()}},
+              ("problems", "reject"), modules=("workflows.sft_set",), files=recipe.curate.evaluation_files,
+              title="Decontaminate, deduplicate, mix to quotas"),
+        Stage("pack", sft_set.pack, {"pack_length": recipe.sft.pack_length, "judged": judged},
+              ("problems", base, "curate"), modules=("workflows.sft_set", *PACKED, "distill.judging"),
               title="Tokens with loss masks, packed"),
         Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, (base, "pack"),
               modules=("workflows.alignment", *TRAINED), title="Supervised training of the policy"),
     ]
     rewarded: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
-    if any(recipe.domains[name].judged == "principles" for name in judged):
+    if principled:
         pairs = ("preference",)
         stages += [
             Stage("preference", alignment.preference, {**shared, "preference": recipe.preference},
