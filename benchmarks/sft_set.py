@@ -39,7 +39,8 @@ from pipeline.stage import Stage, StageContext, StageResult
 DOMAINS = {"math": 0.3, "code": 0.3, "logic": 0.15, "writing": 0.25}
 SAMPLES = 4  # of a problem in one form
 CORRECT = 0.75
-MEAN_WORDS, SPREAD = 250, 0.8  # of the lognormal; words have 5.5 characters and a space
+MEAN_WORDS, SPREAD = 205, 0.8  # of the lognormal; words have 5.5 characters and a space
+PROMPT_WORDS = 40
 NEAR, CONTAMINATED = 0.05, 0.01
 PART_ROWS = 25_000
 HELDOUT = 2000
@@ -51,11 +52,17 @@ def vocabulary() -> np.ndarray:
     lengths = rng.integers(2, 10, 60_000)
     letters = rng.integers(97, 123, lengths.sum(), dtype=np.uint8).tobytes().decode()
     ends = np.cumsum(lengths)
-    return np.array(sorted({letters[end - n:end] for end, n in zip(ends, lengths, strict=True)}), dtype=object)
+    found = sorted({letters[end - n:end] for end, n in zip(ends, lengths, strict=True)})
+    return rng.permutation(np.array(found, dtype=object))
+
+
+def draw_words(rng: np.random.Generator, shape: int | tuple[int, int], count: int) -> np.ndarray:
+    """Places in the vocabulary, few of them often and most seldom, as in language."""
+    return (count * rng.random(shape) ** 6).astype(int)
 
 
 def heldout_words() -> np.ndarray:
-    return np.random.default_rng(8).integers(0, 40_000, (HELDOUT, 60))
+    return draw_words(np.random.default_rng(8), (HELDOUT, 60), 40_000)
 
 
 def make_part(number: int, rows: int, folder: Path) -> dict[str, list]:
@@ -65,7 +72,7 @@ def make_part(number: int, rows: int, folder: Path) -> dict[str, list]:
     names = list(DOMAINS)
     chosen = rng.choice(len(names), -(-groups // 2), p=list(DOMAINS.values()))
     problem_ids = [f"{value:016x}" for value in rng.integers(0, 2**64, len(chosen), dtype=np.uint64).tolist()]
-    prompts = [" ".join(words[rng.integers(0, len(words), 60)]) for _ in chosen]
+    prompts = [" ".join(words[draw_words(rng, PROMPT_WORDS, len(words))]) for _ in chosen]
     lengths = np.clip(rng.lognormal(np.log(MEAN_WORDS) - SPREAD**2 / 2, SPREAD, rows), 5, 6000).astype(int)
     ids = rng.integers(0, 2**64, rows, dtype=np.uint64).tolist()
     correct, luck = rng.random(rows) < CORRECT, rng.random(rows)
@@ -76,7 +83,7 @@ def make_part(number: int, rows: int, folder: Path) -> dict[str, list]:
         group, problem = row // SAMPLES, row // SAMPLES // 2
         form = group % 2
         name, domain = f"{ids[row]:016x}", int(chosen[problem])
-        body = rng.integers(0, len(words), lengths[row])
+        body = draw_words(rng, lengths[row], len(words))
         before, prompt = kept_words.setdefault((domain, form), []), prompts[problem]
         if luck[row] < NEAR and before:
             source, prompt, body = before[rng.integers(len(before))]
@@ -138,8 +145,8 @@ def make_candidates(folder: Path, rows: int) -> None:
     shutil.rmtree(folder / "problems")
     planted = [row for part in made for row in part["planted"]]
     pl.DataFrame(planted, schema=["id", "kind", "of"], orient="row").write_parquet(folder / "planted.parquet")
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words.tolist(), k=200)) for _ in range(2000)]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(words[draw_words(rng, 200, len(words))]) for _ in range(2000)]
     train_tokenizer(texts, 16_000, 2**20).save_pretrained(folder / "base/checkpoint")
     (folder / "problem-table.tmp").rename(folder / "problem-table")  # last: all is there
 

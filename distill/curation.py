@@ -25,6 +25,8 @@ from rewards.extract import OPEN
 
 CONTAMINATED_WORDS = 13
 TEMPLATE_TEXTS = 10  # an n-gram in more evaluation texts than this belongs to the template, not to the task
+FILTER_BITS = 24
+_LEADING = np.uint64(64 - FILTER_BITS)
 SHINGLE_WORDS = 5
 NEIGHBOURS = 4  # texts before it in its bucket that a text is compared with, beside the first
 SLICE_ROWS = 5000  # texts whose words are held at a time
@@ -38,13 +40,15 @@ REASONS = (None, "unfit", "duplicate", "near_duplicate", "plain_thinking", "quot
 class Forbidden:
     """What training must not have seen: evaluation prompts as they are, and runs of words of prompts and solutions.
 
-    prompts: {hash of a levelled prompt: name}. grams: sorted uint64, owners: the place in `names` of each.
+    prompts: {hash of a levelled prompt: name}. grams: sorted uint64, owners: the place in `names` of each. marked: bool
+    [2**FILTER_BITS], true at the leading bits of each of them.
     """
 
     prompts: dict[int, str]
     grams: np.ndarray
     owners: np.ndarray
     names: Sequence[str]
+    marked: np.ndarray
 
     @staticmethod
     def of(problems: Iterable[Problem], texts: Iterable[tuple[str, str]] = ()) -> Forbidden:
@@ -61,18 +65,22 @@ class Forbidden:
         both = np.unique(np.stack([found.hashes, owners.astype(np.uint64)]), axis=1)
         grams, first, counts = np.unique(both[0], return_index=True, return_counts=True)
         rare = counts <= TEMPLATE_TEXTS
-        return Forbidden(dict(zip(prompts.tolist()[::-1], names[:len(asked)][::-1], strict=True)),
-                         grams[rare].astype(np.uint64), both[1][first[rare]].astype(np.int64), names)
+        grams, owners = grams[rare], both[1][first[rare]].astype(np.int64)
+        marked = np.zeros(2**FILTER_BITS, dtype=bool)
+        marked[grams >> _LEADING] = True
+        return Forbidden(dict(zip(prompts.tolist()[::-1], names[:len(asked)][::-1], strict=True)), grams, owners, names,
+                         marked)
 
     def touched(self, prompts: np.ndarray, words: Words) -> list[tuple[str, str] | None]:
         """(reason, name of what it resembles) of each text, or None. Reasons: heldout_prompt, heldout_overlap."""
         found: list[tuple[str, str] | None] = [None] * len(prompts)
         grams = words.ngrams(CONTAMINATED_WORDS)
         if len(self.grams):
-            places = np.searchsorted(self.grams, grams.hashes)
-            places[places == len(self.grams)] = 0
-            hits = np.flatnonzero(self.grams[places] == grams.hashes)
-            for text, owner in zip(grams.texts_of(hits)[::-1].tolist(), self.owners[places[hits]][::-1].tolist(),
+            hits = np.flatnonzero(self.marked[grams.hashes >> _LEADING])  # nearly all are ruled out here
+            places = np.minimum(np.searchsorted(self.grams, grams.hashes[hits]), len(self.grams) - 1)
+            same = self.grams[places] == grams.hashes[hits]
+            hits, places = hits[same], places[same]
+            for text, owner in zip(grams.texts_of(hits)[::-1].tolist(), self.owners[places][::-1].tolist(),
                                    strict=True):  # backwards: the first one stays
                 found[text] = ("heldout_overlap", self.names[owner])
         for text, key in enumerate(prompts.tolist()):

@@ -73,7 +73,7 @@ def _goes_in_circles(text: str) -> bool:
     raw = text.encode("utf-8", "surrogatepass")
     for start in range(0, max(1, len(raw) - LEAST_WINDOW + 1), WINDOW):
         window = raw[start:start + WINDOW]
-        if len(window) >= LEAST_WINDOW and len(zlib.compress(window, 1)) < RUNAWAY * len(window):
+        if len(window) >= LEAST_WINDOW and len(zlib.compress(window, 1, 11)) < RUNAWAY * len(window):
             return True
     return False
 

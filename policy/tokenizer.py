@@ -85,8 +85,11 @@ def encode_samples(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[S
              if messages else tokenizer.bos_token for messages in conversations]
     if not texts:
         return []
-    distinct = list(dict.fromkeys(texts))  # both forms and all samples of a problem share theirs
-    encoded = tokenizer([*distinct, *completions], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    distinct = list(dict.fromkeys(texts))  # samples of a problem share theirs
+    tokenizer("", add_special_tokens=False)  # turns off any padding and truncation that tokenizer.json asks for
+    # without the places of tokens in the text, which `tokenizer(...)` finds as well
+    encoded = [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(
+        [*distinct, *completions], add_special_tokens=False)]
     prompts = dict(zip(distinct, encoded, strict=False))
     return [(prompts[text], [*ids, tokenizer.eos_token_id])
             for text, ids in zip(texts, encoded[len(distinct):], strict=True)]

@@ -7,9 +7,7 @@ mask from them.
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left, insort
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -36,11 +34,13 @@ def plan_packs(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
 
     Raises ValueError for a length above `pack_length` (drop and count those first) or below 1.
     """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, length in enumerate(lengths):
-        if not 1 <= length <= pack_length:
-            raise ValueError(f"sample {index} has {length} tokens; packs hold 1 to {pack_length}")
-        by_length[length].append(index)
+    lengths = np.asarray(lengths, dtype=np.int64)
+    outside = np.flatnonzero((lengths < 1) | (lengths > pack_length))
+    if len(outside):
+        raise ValueError(f"sample {outside[0]} has {lengths[outside[0]]} tokens; packs hold 1 to {pack_length}")
+    order = np.argsort(lengths, kind="stable")
+    distinct, starts = np.unique(lengths[order], return_index=True)
+    by_length = dict(zip(distinct.tolist(), np.split(order, starts[1:]), strict=True)) if len(order) else {}
     open_packs: dict[int, list[list[int]]] = {}  # space left -> packs
     spaces: list[int] = []  # the sorted keys of open_packs
 
@@ -51,7 +51,7 @@ def plan_packs(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
         open_packs[space].extend(packs)
 
     for length in sorted(by_length, reverse=True):
-        waiting = by_length[length]
+        waiting = by_length[length].tolist()
         while waiting:
             position = bisect_left(spaces, length)
             if position == len(spaces):
@@ -73,13 +73,11 @@ def shuffled_plan(lengths: Sequence[int], pack_length: int, seed: int) -> list[l
 
     Longer samples are in no pack: count them.
     """
-    fitting = [index for index, length in enumerate(lengths) if length <= pack_length]
-    rng = random.Random(seed)
-    rng.shuffle(fitting)
-    packs = [[fitting[place] for place in pack]
-             for pack in plan_packs([lengths[index] for index in fitting], pack_length)]
-    rng.shuffle(packs)
-    return packs
+    lengths, rng = np.asarray(lengths, dtype=np.int64), np.random.default_rng(seed)
+    fitting = rng.permutation(np.flatnonzero(lengths <= pack_length))
+    packs = plan_packs(lengths[fitting], pack_length)
+    names = fitting.tolist()
+    return [[names[place] for place in packs[number]] for number in rng.permutation(len(packs)).tolist()]
 
 
 def fill_packs(packs: Iterable[Sequence[TokenizedSample]], pack_length: int, pad_id: int) -> pa.Table:

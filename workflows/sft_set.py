@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -175,7 +176,7 @@ def pack(context: StageContext) -> StageResult:
         file=pl.lit(number, pl.Int32)) for number, folder in enumerate(tokenized)])
     too_long = index.filter(pl.col("length") > pack_length).select("id", "length")
     too_long.write_parquet(context.out / "too_long.parquet")
-    plan = shuffled_plan(index["length"].to_list(), pack_length, context.seed)
+    plan = shuffled_plan(index["length"].to_numpy(), pack_length, context.seed)
     if not plan:
         raise StageError(f"pack: none of {len(index)} samples fits sft.pack_length {pack_length}; raise it")
     per_part = max(1, TOKENS_PER_PART // pack_length)
@@ -215,7 +216,7 @@ def tokenize_part(part: Path, out: Path, checkpoint: Path) -> None:
         for frame in _frames(part, ["id", "messages", "completion"], TOKENIZED_ROWS):
             encoded = encode_samples(_tokenizer(checkpoint), frame["messages"].to_list(), frame["completion"].to_list())
             for name, (prompt, completion) in zip(frame["id"], encoded, strict=True):
-                np.array(prompt + completion, dtype=np.int32).tofile(file)
+                file.write(array("i", prompt + completion))
                 rows.append((name, start, len(prompt) + len(completion), len(prompt)))
                 start += rows[-1][2]
     pl.DataFrame(rows, schema={"id": pl.String, "start": pl.Int64, "length": pl.Int32, "prompt": pl.Int32},
