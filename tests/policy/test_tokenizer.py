@@ -84,8 +84,9 @@ def test_many_samples_encode_as_each_does_alone():
     tokenizer = train_tokenizer(["Seven and five are twelve crows."], 320, 64)
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=40)
-    asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many crows are there, all told?"}]
-    conversations, texts = [asked, asked[1:], [], asked], ["<think>\n7 + 5 = 12\n</think>\n12", "12", "Plain text.", ""]
+    asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many crows, all told?"}]
+    conversations = [asked, asked[1:], [], asked]
+    texts = ["<think>\n7 + 5 = 12\n</think>\n12", "12", "Plain text.", ""]
     together = encode_samples(tokenizer, conversations, texts)
     for (prompt, completion), messages, text in zip(together, conversations, texts, strict=True):
         assert prompt == (prompt_ids(tokenizer, messages) if messages else [tokenizer.bos_token_id])
