@@ -83,8 +83,14 @@ def _field_names(location: list[str]) -> list[str]:
             section = next((kind for kind in get_args(section) if kind.model_fields["type"].default == part), None)
         else:
             field = getattr(section, "model_fields", {}).get(part)
-            section = field.annotation if field else None
+            section = _without_none(field.annotation) if field else None
     return sorted(getattr(section, "model_fields", {}))
+
+
+def _without_none(annotation: Any) -> Any:
+    """`X` of `X | None`, else the annotation itself."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return kinds[0] if get_origin(annotation) in (Union, UnionType) and len(kinds) == 1 else annotation
 
 
 def _closest(name: str, names: list[str]) -> str | None:

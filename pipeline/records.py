@@ -199,9 +199,12 @@ def write_table(path: Path, records: Iterable[T], record_type: type[T]) -> int:
     return len(rows)
 
 
-def read_table(path: Path, record_type: type[T]) -> list[T]:
-    """Read a table written by `write_table`; raises ValueError when the file has another schema."""
-    table = pq.read_table(path)
+def read_table(path: Path, record_type: type[T], filters: list[tuple[str, str, Any]] | None = None) -> list[T]:
+    """Read a table written by `write_table`, or a folder of them in name order.
+
+    filters: (column, operator, value) that all rows read meet. Raises ValueError when it has another schema.
+    """
+    table = pq.read_table(path, filters=filters)
     expected = SCHEMAS[record_type]
     if not table.schema.equals(expected):
         raise ValueError(f"{path}: not a table of {record_type.__name__} (its columns are {table.schema.names})")

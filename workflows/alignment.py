@@ -41,10 +41,8 @@ def preference(context: StageContext) -> StageResult:
     problems = [p for p in load_problems(context, "preference") if p.check.kind == "principles"]
     problems = problems[:config.pairs + config.heldout_pairs]
     samples = generate([Order(p, "original", prompt_messages(p, "original"), 2) for p in problems],
-                       sampler=model.sampler(config.temperature, config.max_tokens), encode=model.encode,
-                       decode=model.decode, checkpoint=model.digest, log_path=context.work / "requests.jsonl",
-                       sampling={"temperature": config.temperature, "max_tokens": config.max_tokens},
-                       shard_prompts=512, seed=context.seed, progress=context.progress)
+                       generator=model.generator(config.temperature, config.max_tokens),
+                       log_path=context.work / "requests.jsonl", seed=context.seed, progress=context.progress)
     pairs, lost = pairs_of(problems, samples)
     judge = model.judge(context.seed, temperature=config.temperature)
     context.progress.start(len(pairs), "pairs")
@@ -127,7 +125,7 @@ def _match_cases(context: StageContext, problems: dict[str, Problem]) -> tuple[l
 
     if not any(problem.check.kind == "match" for problem in problems.values()):
         return [], []
-    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
+    samples = read_table(context.inputs["verify"] / "samples", Sample)
     worked = [problem for problem in problems.values() if problem.split == "sft"]
     heldout = {id_ for id_ in problems if int(content_id(id_, "match")[:8], 16) % HELDOUT_SHARE == 0}
     sides = []

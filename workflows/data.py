@@ -1,4 +1,4 @@
-"""Stages that make and shape the SFT set: problems, expert samples, verdicts, rejection, curation, packs."""
+"""Stages around the SFT set: problems before it, then rejection, curation and packs of its samples."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def problems(context: StageContext) -> StageResult:
 
 def load_problems(context: StageContext, split: str | None = None, domain: str | None = None) -> list[Problem]:
     """Problems of the input stage, of one split and domain if given."""
-    rows = read_table(context.inputs["problems"] / "problems.parquet", Problem)
-    return [p for p in rows if split in (None, p.split) and domain in (None, p.domain)]
+    wanted = [(column, "=", value) for column, value in (("split", split), ("domain", domain)) if value is not None]
+    return read_table(context.inputs["problems"] / "problems.parquet", Problem, wanted or None)
 
 
 def base_checkpoint(context: StageContext) -> Path:
@@ -50,69 +50,11 @@ def base_checkpoint(context: StageContext) -> Path:
     return context.inputs["extend" if "extend" in context.inputs else "base"] / "checkpoint"
 
 
-def generate(context: StageContext, domain: str) -> StageResult:
-    """Sample both forms from the domain's expert (section 5.1), continuing from the request log."""
-    from distill.generation import Order
-    from distill.generation import generate as sample
-    from distill.prompts import FORMS, prompt_messages
-    from workflows.inference import open_model
-
-    config = context.config["generate"]
-    model = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
-                       context.config["engine"], context.seed)
-    chosen = load_problems(context, "sft", domain)[:config.problems]
-    reflective = context.config["model"].reflective_prompt
-    orders = [Order(problem, form, prompt_messages(problem, form, reflective), config.samples)
-              for problem in chosen for form in FORMS]
-    samples = sample(orders, sampler=model.sampler(config.temperature, config.max_tokens, config.top_p),
-                     encode=model.encode, decode=model.decode, checkpoint=model.digest,
-                     sampling={"temperature": config.temperature, "top_p": config.top_p,
-                               "max_tokens": config.max_tokens},
-                     log_path=context.work / "requests.jsonl", shard_prompts=config.shard_prompts, seed=context.seed,
-                     progress=context.progress)
-    write_table(context.out / "samples.parquet", samples, Sample)
-    finished = sum(sample.finish_reason == "stop" for sample in samples)
-    return StageResult(counts={"problems": len(chosen), "samples": len(samples)},
-                       metrics={"finished_share": finished / max(1, len(samples)),
-                                "mean_tokens": sum(s.tokens for s in samples) / max(1, len(samples)),
-                                "load_logprob_error": model.logprob_error}, key_metric="finished_share")
-
-
-def verify(context: StageContext) -> StageResult:
-    """Verdicts: rules where answers can be checked, the domain's own expert as judge elsewhere."""
-    from distill.generation import with_verdicts
-    from workflows.inference import check_infrastructure, open_model, open_verifier
-
-    by_id = {problem.id: problem for problem in load_problems(context)}
-    verified: list[Sample] = []
-    judged = context.config["judged"]
-    names = [name for name in context.inputs if name.startswith("generate-")]
-    for name in names:
-        domain = name.removeprefix("generate-")
-        samples = read_table(context.inputs[name] / "samples.parquet", Sample)
-        judge = None
-        if domain in judged:
-            expert = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
-                                context.config["engine"], context.seed)
-            judge = expert.judge(context.seed)
-        sampled = [by_id[sample.problem_id] for sample in samples]
-        with open_verifier(judge, sampled, context.config["isolation"]) as verifier:
-            verified += with_verdicts(samples, by_id, verifier.verify_batch, 256, context.progress)
-    check_infrastructure([sample.verdict for sample in verified], context.name)
-    write_table(context.out / "samples.parquet", verified, Sample)
-    statuses = Counter(sample.verdict.status.value for sample in verified)
-    reasons = Counter(sample.verdict.reason for sample in verified)
-    return StageResult(counts={"samples": len(verified), "statuses": dict(statuses), "reasons": dict(reasons)},
-                       metrics={"correct_share": statuses["correct"] / max(1, len(verified)),
-                                "mean_seconds": sum(s.verdict.seconds for s in verified) / max(1, len(verified))},
-                       key_metric="correct_share")
-
-
 def reject(context: StageContext) -> StageResult:
     """Best of n: correct, well-formed, concise."""
     from distill import rejection
 
-    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
+    samples = read_table(context.inputs["verify"] / "samples", Sample)
     kept, rejected, funnel = rejection.reject(samples, load_problems(context), context.config["reject"])
     write_table(context.out / "samples.parquet", kept, Sample)
     write_table(context.out / "rejected.parquet", _marked(rejected), Sample)

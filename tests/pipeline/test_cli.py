@@ -159,6 +159,14 @@ def traced(tmp_path):
     def samples(*rows, name="samples.parquet"):
         return lambda out: write_table(out / name, rows, Sample)
 
+    def parts(*rows):
+        def write(out):
+            (out / "samples").mkdir()
+            for index, row in enumerate(rows):
+                write_table(out / "samples" / f"part-{index:05}.parquet", [row], Sample)
+
+        return write
+
     def rejected(out):
         samples(sample(*good, right))(out)
         samples(sample(*bad, wrong, '{"reason": "wrong"}'), name="rejected.parquet")(out)
@@ -179,8 +187,8 @@ def traced(tmp_path):
 
     problems = commit(directory, "problems", {}, problem_table, "a0" * 32)
     trained = commit(directory, "expert-math-rl", problems, expert, "a1" * 32)
-    made = commit(directory, "generate-math", problems | trained, samples(sample(*good), sample(*bad)), "a2" * 32)
-    verified = commit(directory, "verify", made, samples(sample(*good, right), sample(*bad, wrong)), "a3" * 32)
+    made = commit(directory, "generate-math", problems | trained, parts(sample(*good), sample(*bad)), "a2" * 32)
+    verified = commit(directory, "verify", made, parts(sample(*good, right), sample(*bad, wrong)), "a3" * 32)
     kept = commit(directory, "reject", verified, rejected, "a4" * 32)
     curated = commit(directory, "curate", kept, samples(sample(*good, right)), "a5" * 32)
     packed = commit(directory, "pack", curated, pack, "a6" * 32)
