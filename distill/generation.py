@@ -55,6 +55,9 @@ class Generator(Protocol):
     def answers(self, prompts: Sequence[Any], seeds: Sequence[int]) -> Iterator[dict[int, Answer]]:
         """Answers by position among `prompts`, in any order, each lot as soon as it is there."""
 
+    def stop(self) -> None:
+        """Ask for nothing more: what is under way still comes, then `answers` raises StageError."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -116,8 +119,8 @@ class Requests:
                       checkpoint=name, sampling=parameters, finish_reason=answer.finish_reason, tokens=answer.tokens)
 
 
-def generate(orders: Sequence[Order], *, generator: Generator, log_path: Path, seed: int,
-             progress: Progress) -> list[Sample]:
+def samples_of(orders: Sequence[Order], *, generator: Generator, log_path: Path, seed: int,
+               progress: Progress) -> list[Sample]:
     """The samples of all orders, in order; finished ones come from the log at `log_path`.
 
     A prompt too long for the engine gives a sample with finish reason "too_long" and no text, never an exception.

@@ -167,6 +167,10 @@ class Teacher:
             self._failed = self._failed or StageError(f"teacher {self.config.model}: {message}")
             return self._failed
 
+    def stop(self) -> None:
+        """Send no other request; whoever waits for one gets a StageError."""
+        self._fail("it was stopped")
+
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._http.close()

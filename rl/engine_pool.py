@@ -94,10 +94,10 @@ class EnginePool:
 
     def _take(self) -> _Slot:
         slot = self._free.get()
-        if slot is None:
-            self._free.put(None)
-            assert self._failure is not None
+        if self._failure is not None:
+            self._free.put(slot)  # for the next who waits
             raise self._failure
+        assert slot is not None
         return slot
 
     def _launch(self, slot: _Slot) -> None:
@@ -110,6 +110,8 @@ class EnginePool:
                 self._fail(error if isinstance(error, StageError) else StageError(f"engine {slot.index} cannot start: "
                                                                                   f"{error!r}"))
             else:
+                if self._closed:  # nobody waits for it any more
+                    slot.engine.kill()
                 self._free.put(slot)
 
         threading.Thread(target=launch, name=f"engine-{slot.index}", daemon=True).start()
@@ -136,10 +138,14 @@ class EnginePool:
             self._failure = self._failure or error
         self._free.put(None)
 
+    def stop(self) -> None:
+        """Begin no other batch; whoever asks for one gets a StageError."""
+        self._fail(StageError("the engines were stopped"))
+
     def close(self) -> None:
         """Wait for the batches under way, and start no engine again."""
         self._closed = True
-        self._fail(StageError("the engines are closed"))  # for those who wait for one
+        self.stop()
         self._threads.shutdown(cancel_futures=True)
 
     def __enter__(self) -> EnginePool:

@@ -100,13 +100,13 @@ def evaluate(context: StageContext) -> StageResult:
 
 def _answers(context: StageContext, model, problems, form: str, samples: int, temperature: float,
              label: str) -> list[Sample]:
-    from distill.generation import Order, generate
+    from distill.generation import Order, samples_of
     from distill.prompts import prompt_messages
 
     config, reflective = context.config["evaluation"], context.config["model"].reflective_prompt
-    rows = generate([Order(problem, form, prompt_messages(problem, form, reflective), samples) for problem in problems],
-                    generator=model.generator(temperature, config.max_tokens), log_path=context.work / "requests.jsonl",
-                    seed=context.seed, progress=context.progress)
+    orders = [Order(problem, form, prompt_messages(problem, form, reflective), samples) for problem in problems]
+    rows = samples_of(orders, generator=model.generator(temperature, config.max_tokens),
+                      log_path=context.work / "requests.jsonl", seed=context.seed, progress=context.progress)
     provenance = json.dumps({"model": label, "mode": "greedy" if temperature == 0 else "sampled"})
     return [dataclasses.replace(row, provenance=provenance) for row in rows]
 

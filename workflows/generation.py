@@ -38,16 +38,13 @@ Summary = dict[str, Any]
 T = TypeVar("T")
 
 
-class PartsStopped(Exception):
-    """Another part failed, and this one stops where it is."""
-
-
 class Parts:
     """The finished parts of a stage, in its work folder, and the request logs of those under way."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        self._stopped = threading.Event()
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
         for name in ("samples", "parts", "requests"):
             (work / name).mkdir(exist_ok=True)
         for path in (work / "parts").glob("part-*.json"):  # killed between the summary and the end of its log
@@ -70,34 +67,36 @@ class Parts:
         """The summary of a part: of its file, or of what `make` makes with its log."""
         if (done := self.summary(index)) is not None:
             return done
-        if self._stopped.is_set():
-            raise PartsStopped
-        try:
-            with RequestLog(self.log_path(index)) as log:
-                samples, summary = make(log)
-        except BaseException:
-            self._stopped.set()
-            raise
+        with RequestLog(self.log_path(index)) as log:
+            samples, summary = make(log)
         write_table(self.work / "samples" / f"part-{index:05}.parquet", samples, Sample)
         write_atomically(self.work / "parts" / f"part-{index:05}.json", json.dumps(summary))  # from here on it is done
         self.log_path(index).unlink()
         return summary
 
     def finish_all(self, parts: Sequence[T], make: Callable[[T, RequestLog], tuple[list[Sample], Summary]],
-                   at_once: int) -> list[Summary]:
-        """Summaries of all parts, `at_once` of them made at a time; what fails first is raised when the others stop."""
-        with ThreadPoolExecutor(at_once, thread_name_prefix="part") as threads:
-            futures = [threads.submit(self.finish, index, lambda log, part=part: make(part, log))
-                       for index, part in enumerate(parts)]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, PartsStopped)):
-            raise error
-        return [future.result() for future in futures]
+                   at_once: int, stop: Callable[[], None]) -> list[Summary]:
+        """Summaries of all parts, `at_once` of them made at a time.
 
-    def go_on(self, _: object = None) -> None:
-        """Raises PartsStopped once another part has failed."""
-        if self._stopped.is_set():
-            raise PartsStopped
+        The first failure calls `stop`, which ends the other parts at what they have under way, and is raised then.
+        """
+        def finish(index: int, part: T) -> Summary | None:
+            if self._failure is not None:
+                return None
+            try:
+                return self.finish(index, lambda log: make(part, log))
+            except BaseException as error:
+                with self._lock:
+                    first, self._failure = self._failure is None, self._failure or error
+                if first:
+                    stop()
+                return None
+
+        with ThreadPoolExecutor(at_once, thread_name_prefix="part") as threads:
+            found = list(threads.map(finish, range(len(parts)), parts))
+        if self._failure is not None:
+            raise self._failure
+        return [summary for summary in found if summary is not None]
 
     def publish(self, out: Path) -> None:
         """The parts as out/samples; the work folder keeps them until the stage is committed."""
@@ -138,14 +137,10 @@ def generate(context: StageContext, domain: str, replicas: int = 1, teacher: Tea
                  sum(found["samples"] for found in done) + len(logged))
         meter = Meter(context.progress)
 
-        def count(answers) -> None:
-            meter.count(answers)
-            parts.go_on()
-
         def make(problems, log: RequestLog) -> tuple[list[Sample], Summary]:
             orders = [Order(problem, form, prompt_messages(problem, form, reflective), config.samples)
                       for problem in problems for form in config.forms]
-            requests = Requests(generator, log, context.seed, count)
+            requests = Requests(generator, log, context.seed, meter.count)
             samples = solve(orders, requests, verifier.verify_batch, config.cap, config.wanted) if verifier else \
                 requests.samples(orders)
             answers = [record for key, record in log.done.items() if not key.startswith("verdict/")]
@@ -155,7 +150,7 @@ def generate(context: StageContext, domain: str, replicas: int = 1, teacher: Tea
         # two parts, so that engines have work while one ends and is verified; more where parts are small
         busy = replicas * config.shard_prompts if teacher is None else teacher.concurrency
         at_once = 1 + -(-busy // (config.part_problems * len(config.forms) * config.samples))
-        summaries = parts.finish_all(slices, make, at_once)
+        summaries = parts.finish_all(slices, make, at_once, generator.stop)
     parts.publish(context.out)
     total = _added(summaries)
     samples, reasons = total["samples"], total["finish_reasons"]

@@ -34,6 +34,11 @@ class OpenModel:
     digest: str
     logprob_errors: list[float]  # of the proof of each engine at loading; empty when probing is off
 
+    @property
+    def logprob_error(self) -> float | None:
+        """The largest of the proofs so far; None when probing is off."""
+        return max(self.logprob_errors, default=None)
+
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         from policy.tokenizer import prompt_ids
 
@@ -81,6 +86,9 @@ class CheckpointGenerator:
             yield {start + offset: Answer(self.model.decode(found.token_ids), len(found.token_ids),
                                           found.finish_reason, len(prompts[start + offset]))
                    for offset, found in enumerate(generations)}
+
+    def stop(self) -> None:
+        self.model.engine.stop()
 
 
 def open_model(checkpoint: Path, model: ModelConfig, engine_config: EngineConfig, seed: int,

@@ -5,7 +5,7 @@ import threading
 import pytest
 from tiny_models import Killed, Quiet
 
-from distill.generation import Answer, LoggedChat, Order, Requests, generate, solve, with_verdicts
+from distill.generation import Answer, LoggedChat, Order, Requests, samples_of, solve, with_verdicts
 from distill.problems import GENERATORS
 from distill.prompts import prompt_messages
 from pipeline.records import Status, Verdict
@@ -38,6 +38,9 @@ class Echo:
                    Answer(str(seeds[place]), len(str(seeds[place])), "stop", len(prompts[place]))
                    for place in reversed(part)}
 
+    def stop(self):
+        self.die_at = self.lots + 1
+
 
 def orders(samples=2, problems=PROBLEMS):
     return [Order(problem, form, prompt_messages(problem, form, "Think first."), samples)
@@ -45,8 +48,8 @@ def orders(samples=2, problems=PROBLEMS):
 
 
 def run(tmp_path, generator, samples=2, seed=0, progress=None):
-    return generate(orders(samples), generator=generator, log_path=tmp_path / "requests.jsonl", seed=seed,
-                    progress=progress or Quiet())
+    return samples_of(orders(samples), generator=generator, log_path=tmp_path / "requests.jsonl", seed=seed,
+                      progress=progress or Quiet())
 
 
 def test_every_order_gives_its_samples_in_order_with_what_made_them(tmp_path):
@@ -106,7 +109,7 @@ def test_a_prompt_too_long_gives_empty_samples_and_the_others_still_come(tmp_pat
 
 
 class Judgement:
-    """A verifier to which the samples of problem k are right from number RIGHT_FROM[k] on, in the order it sees them."""
+    """A verifier to which the samples of problem k are right from number RIGHT_FROM[k] on, as it sees them."""
 
     RIGHT_FROM = (0, 2, 4, 4, 99)
 
