@@ -41,7 +41,8 @@ def preference(context: StageContext) -> StageResult:
     problems = [p for p in load_problems(context, "preference") if p.check.kind == "principles"]
     problems = problems[:config.pairs + config.heldout_pairs]
     samples = samples_of([Order(p, "original", prompt_messages(p, "original"), 2) for p in problems],
-                         generator=model.generator(config.temperature, config.max_tokens),
+                         generator=model.generator({"temperature": config.temperature,
+                                                    "max_tokens": config.max_tokens}),
                          log_path=context.work / "requests.jsonl", seed=context.seed, progress=context.progress)
     pairs, lost = pairs_of(problems, samples)
     judge = model.judge(context.seed, temperature=config.temperature)

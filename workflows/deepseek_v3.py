@@ -16,6 +16,9 @@ from pathlib import Path
 from pipeline.recipe import DomainGenerateConfig, ExpectedConfig, Recipe, RecipeError
 from pipeline.stage import Stage
 from workflows import alignment, context, data, ending, expert, generation
+from workflows.prices import prices
+
+__all__ = ["build", "prices"]
 
 # What stage functions import inside, by what they do; what those modules import themselves follows from them.
 PACKED = ("policy.tokenizer", "sft.packing")

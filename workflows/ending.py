@@ -105,8 +105,9 @@ def _answers(context: StageContext, model, problems, form: str, samples: int, te
 
     config, reflective = context.config["evaluation"], context.config["model"].reflective_prompt
     orders = [Order(problem, form, prompt_messages(problem, form, reflective), samples) for problem in problems]
-    rows = samples_of(orders, generator=model.generator(temperature, config.max_tokens),
-                      log_path=context.work / "requests.jsonl", seed=context.seed, progress=context.progress)
+    sampling = {"temperature": temperature, "max_tokens": config.max_tokens}
+    rows = samples_of(orders, generator=model.generator(sampling), log_path=context.work / "requests.jsonl",
+                      seed=context.seed, progress=context.progress)
     provenance = json.dumps({"model": label, "mode": "greedy" if temperature == 0 else "sampled"})
     return [dataclasses.replace(row, provenance=provenance) for row in rows]
 

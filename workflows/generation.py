@@ -276,8 +276,7 @@ def _generator(context: StageContext, domain: str, sampling: dict[str, Any], bat
         return
     with open_replicas(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
                        context.config["engine"], context.seed, replicas, context.progress.note) as model:
-        yield model.generator(sampling["temperature"], sampling["max_tokens"], sampling["top_p"], batch), None, \
-            model.logprob_errors
+        yield model.generator(sampling, batch), None, model.logprob_errors
 
 
 def _sampling(config: GenerateConfig) -> dict[str, Any]:

@@ -47,10 +47,9 @@ class OpenModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def generator(self, temperature: float, max_tokens: int, top_p: float = 1.0, batch: int = 512
-                  ) -> CheckpointGenerator:
-        """The form `distill.generation` asks for; batch: prompts that an engine gets at a time."""
-        return CheckpointGenerator(self, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}, batch)
+    def generator(self, sampling: dict[str, Any], batch: int = 512) -> CheckpointGenerator:
+        """The form `distill.generation` asks for. sampling: of `rl.engine.Sampling`; batch: prompts an engine gets."""
+        return CheckpointGenerator(self, sampling, batch)
 
     def judge(self, seed: int, *, votes: int = 1, max_tokens: int = JUDGEMENT_TOKENS,
               temperature: float | None = None) -> Judge:
