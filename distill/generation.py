@@ -185,8 +185,8 @@ def _verdict(record: dict[str, Any]) -> Verdict:
 
 
 def with_verdicts(samples: Sequence[Sample], problems: dict[str, Problem], verify: Verify,
-                  advance: Callable[[int], None] = lambda count: None) -> list[Sample]:
-    """Samples with their verdicts, verified some at a time.
+                  advance: Callable[[int], None] = lambda count: None, at_once: int = VERIFIED_AT_ONCE) -> list[Sample]:
+    """Samples with their verdicts, verified `at_once` at a time.
 
     One that has a verdict keeps it, but for infrastructure errors: those are tried again, and new ones once more at
     the end. What fails then stays an infrastructure error.
@@ -195,8 +195,8 @@ def with_verdicts(samples: Sequence[Sample], problems: dict[str, Problem], verif
     waiting = [place for place, sample in enumerate(found) if _unverified(sample)]
     advance(len(found) - len(waiting))
     for first in (True, False):
-        for start in range(0, len(waiting), VERIFIED_AT_ONCE):
-            chunk = waiting[start:start + VERIFIED_AT_ONCE]
+        for start in range(0, len(waiting), at_once):
+            chunk = waiting[start:start + at_once]
             verdicts = verify([problems[found[place].problem_id] for place in chunk],
                               [found[place].completion for place in chunk])
             for place, verdict in zip(chunk, verdicts, strict=True):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 UNSOLVED = pa.schema([("problem_id", pa.string()), ("domain", pa.string()), ("attempts", pa.int64()),
                       ("statuses", pa.string())])  # JSON: {form: {status: samples}}
+JUDGED_AT_ONCE = 512  # answers that an engine judges at a time
 Summary = dict[str, Any]
 T = TypeVar("T")
 
@@ -207,17 +208,18 @@ def verify(context: StageContext, replicas: int = 1, teachers: dict[str, Teacher
 def _verify_domain(context: StageContext, domain: str, own: dict[int, Path], parts: Parts, before: list[Summary],
                    replicas: int, teacher: TeacherConfig | None) -> list[Summary]:
     """The summaries of a domain's parts; `before`: those of the domains before it."""
-    from distill.generation import LoggedChat, with_verdicts
+    from distill.generation import VERIFIED_AT_ONCE, LoggedChat, with_verdicts
     from rewards.judge import Judge
 
     problems = {problem.id: problem for problem in load_problems(context, "sft", domain)}
     summaries: list[Summary] = []
     with ExitStack() as stack:
-        chat = None
+        chat, at_once = None, VERIFIED_AT_ONCE
         if domain in context.config["judged"]:
             sampling = {"temperature": 0.0, "top_p": 1.0, "max_tokens": JUDGEMENT_TOKENS}
-            generator, account, _ = stack.enter_context(_generator(context, domain, sampling, 512, replicas, teacher))
-            chat = LoggedChat(generator)
+            generator, account, _ = stack.enter_context(
+                _generator(context, domain, sampling, JUDGED_AT_ONCE, replicas, teacher))
+            chat, at_once = LoggedChat(generator), replicas * JUDGED_AT_ONCE
             if account is not None:
                 manifest = json.loads((context.inputs[f"generate-{domain}"] / "manifest.json").read_text())
                 spent = manifest["counts"]["teacher"]
@@ -232,7 +234,7 @@ def _verify_domain(context: StageContext, domain: str, own: dict[int, Path], par
             if chat is not None:
                 chat.log = log
             samples = with_verdicts(read_table(path, Sample), problems, verifier.verify_batch,
-                                    context.progress.advance)
+                                    context.progress.advance, at_once)
             total = _added([*before, *summaries])
             check_infrastructure([sample.verdict for sample in samples], context.name,
                                  total["statuses"]["infra_error"], total["samples"])
