@@ -205,12 +205,12 @@ def write_table(path: Path, records: Iterable[T], record_type: type[T]) -> int:
     return table.num_rows
 
 
-def read_table(path: Path, record_type: type[T], where: list[tuple[str, str, Any]] | None = None) -> list[T]:
-    """Read a table written by `write_table`, or a folder of its parts; raises ValueError when it has another schema.
+def read_table(path: Path, record_type: type[T], filters: list[tuple[str, str, Any]] | None = None) -> list[T]:
+    """Read a table written by `write_table`, or a folder of them in name order.
 
-    where: [(column, "=" or "in", value), ...], applied before rows become objects.
+    filters: (column, operator, value) that all rows read meet. Raises ValueError when it has another schema.
     """
-    table = pq.read_table(path, filters=where)
+    table = pq.read_table(path, filters=filters)
     expected = SCHEMAS[record_type]
     if not table.schema.equals(expected):
         raise ValueError(f"{path}: not a table of {record_type.__name__} (its columns are {table.schema.names})")

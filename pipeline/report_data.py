@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
@@ -66,10 +67,10 @@ class RunView:
         return StageView(item, manifest, folder)
 
     def file(self, stage: str, name: str) -> Path | None:
-        """The path of an artifact's file, or None when stage or file is not there."""
+        """The path of an artifact's file or folder of parts, or None when stage or file is not there."""
         view = self.by_name.get(stage)
         path = view.folder / name if view is not None and view.folder is not None else None
-        return path if path is not None and path.is_file() else None
+        return path if path is not None and path.exists() else None
 
     def manifest(self, stage: str) -> dict[str, Any]:
         view = self.by_name.get(stage)
@@ -126,7 +127,7 @@ class RunView:
     @cached_property
     def funnel(self) -> dict[str, list[FunnelStep]]:
         """Per domain, from what its expert generated to what was packed."""
-        verified = self.verdicts("verify", "samples.parquet")
+        verified = self.verdicts("verify", "samples")
         packed = self._packed()
         return {domain: steps for domain in self.domains
                 if (steps := self._steps(domain, verified.get(domain), packed))}
@@ -180,7 +181,8 @@ class FunnelStep:
 
 def _grouped(path: Path, columns: list[str]) -> list[dict[str, Any]]:
     """Rows with their count per combination of the columns; a dot reaches into a struct."""
-    table = pq.ParquetFile(path).read(columns=columns).flatten()
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    table = pa.concat_tables(pq.ParquetFile(file).read(columns=columns) for file in files).flatten()
     return table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
 
 

@@ -29,9 +29,9 @@ def show(directory: RunDirectory, stage: str, row: int, console: Console) -> Non
     """Print row `row` (from 0) of the stage's main table, or list its files when it has no table."""
     manifest = committed_manifest(directory, stage)
     folder = directory.stage_folder(stage, manifest["fingerprint"])
-    for name, printer in (("packs.parquet", _pack), ("rollouts.parquet", _rollout), ("samples.parquet", _sample),
-                          ("problems.parquet", _fields), ("pairs.jsonl", _fields)):
-        if (folder / name).is_file():
+    for name, printer in (("packs.parquet", _pack), ("rollouts.parquet", _rollout), ("samples", _sample),
+                          ("samples.parquet", _sample), ("problems.parquet", _fields), ("pairs.jsonl", _fields)):
+        if (folder / name).exists():
             record, rows = _read_row(folder / name, row)
             console.rule(f"{stage} {name}: row {row} of {rows}", align="left")
             if printer is _pack:
@@ -48,7 +48,7 @@ def _read_row(path: Path, row: int) -> tuple[dict[str, Any], int]:
         lines = path.read_text().splitlines()
         rows = len(lines)
     else:
-        rows = pq.read_metadata(path).num_rows
+        rows = pq.read_table(path, columns=[]).num_rows
     if not 0 <= row < rows:
         raise RunError(f"{path}: there is no row {row}; it has {rows}, counted from 0")
     if path.suffix == ".jsonl":

@@ -1,4 +1,4 @@
-"""Stages at the beginning of the data: problems, expert samples, verdicts; and what makes packs of any rows."""
+"""Stages and helpers around the data: problems, the start of post-training, packs of any rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.records import Problem, Sample, read_table, write_table
+from pipeline.records import Problem, read_table, write_table
 from pipeline.stage import StageContext, StageResult
 
 
@@ -37,71 +37,13 @@ def problems(context: StageContext) -> StageResult:
 
 def load_problems(context: StageContext, split: str | None = None, domain: str | None = None) -> list[Problem]:
     """Problems of the input stage, of one split and domain if given."""
-    where = [(name, "=", value) for name, value in (("split", split), ("domain", domain)) if value is not None]
-    return read_table(context.inputs["problems"] / "problems.parquet", Problem, where or None)
+    wanted = [(column, "=", value) for column, value in (("split", split), ("domain", domain)) if value is not None]
+    return read_table(context.inputs["problems"] / "problems.parquet", Problem, wanted or None)
 
 
 def base_checkpoint(context: StageContext) -> Path:
     """The model that post-training starts from: with its context extended, where the recipe says so."""
     return context.inputs["extend" if "extend" in context.inputs else "base"] / "checkpoint"
-
-
-def generate(context: StageContext, domain: str) -> StageResult:
-    """Sample both forms from the domain's expert (section 5.1), continuing from the request log."""
-    from distill.generation import Order
-    from distill.generation import generate as sample
-    from distill.prompts import FORMS, prompt_messages
-    from workflows.inference import open_model
-
-    config = context.config["generate"]
-    model = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
-                       context.config["engine"], context.seed)
-    chosen = load_problems(context, "sft", domain)[:config.problems]
-    reflective = context.config["model"].reflective_prompt
-    orders = [Order(problem, form, prompt_messages(problem, form, reflective), config.samples)
-              for problem in chosen for form in FORMS]
-    samples = sample(orders, sampler=model.sampler(config.temperature, config.max_tokens, config.top_p),
-                     encode=model.encode, decode=model.decode, checkpoint=model.digest,
-                     sampling={"temperature": config.temperature, "top_p": config.top_p,
-                               "max_tokens": config.max_tokens},
-                     log_path=context.work / "requests.jsonl", shard_prompts=config.shard_prompts, seed=context.seed,
-                     progress=context.progress)
-    write_table(context.out / "samples/part-00000.parquet", samples, Sample)
-    finished = sum(sample.finish_reason == "stop" for sample in samples)
-    return StageResult(counts={"problems": len(chosen), "samples": len(samples)},
-                       metrics={"finished_share": finished / max(1, len(samples)),
-                                "mean_tokens": sum(s.tokens for s in samples) / max(1, len(samples)),
-                                "load_logprob_error": model.logprob_error}, key_metric="finished_share")
-
-
-def verify(context: StageContext) -> StageResult:
-    """Verdicts: rules where answers can be checked, the domain's own expert as judge elsewhere."""
-    from distill.generation import with_verdicts
-    from workflows.inference import check_infrastructure, open_model, open_verifier
-
-    by_id = {problem.id: problem for problem in load_problems(context)}
-    verified: list[Sample] = []
-    judged = context.config["judged"]
-    names = [name for name in context.inputs if name.startswith("generate-")]
-    for name in names:
-        domain = name.removeprefix("generate-")
-        samples = read_table(context.inputs[name] / "samples", Sample)
-        judge = None
-        if domain in judged:
-            expert = open_model(context.inputs[f"expert-{domain}-rl"] / "checkpoint", context.config["model"],
-                                context.config["engine"], context.seed)
-            judge = expert.judge(context.seed)
-        sampled = [by_id[sample.problem_id] for sample in samples]
-        with open_verifier(judge, sampled, context.config["isolation"]) as verifier:
-            verified += with_verdicts(samples, by_id, verifier.verify_batch, 256, context.progress)
-    check_infrastructure([sample.verdict for sample in verified], context.name)
-    write_table(context.out / "samples/part-00000.parquet", verified, Sample)
-    statuses = Counter(sample.verdict.status.value for sample in verified)
-    reasons = Counter(sample.verdict.reason for sample in verified)
-    return StageResult(counts={"samples": len(verified), "statuses": dict(statuses), "reasons": dict(reasons)},
-                       metrics={"correct_share": statuses["correct"] / max(1, len(verified)),
-                                "mean_seconds": sum(s.verdict.seconds for s in verified) / max(1, len(verified))},
-                       key_metric="correct_share")
 
 
 def write_packs(context: StageContext, tokenizer, rows, pack_length: int, path) -> StageResult:

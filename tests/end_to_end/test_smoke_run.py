@@ -29,8 +29,10 @@ def manifest(run, stage):
     return json.loads((artifact(run.run_dir, stage) / "manifest.json").read_text())
 
 
-def samples(run, stage, name="samples.parquet"):
-    return read_table(artifact(run.run_dir, stage) / name, Sample)
+def samples(run, stage, name=None):
+    folder = artifact(run.run_dir, stage)
+    parts = folder / "samples"
+    return read_table(folder / name if name else parts if parts.is_dir() else folder / "samples.parquet", Sample)
 
 
 def ids(rows):
@@ -180,6 +182,11 @@ def test_every_sample_is_accounted_for(smoke_run):
     generated = sum((ids(samples(smoke_run, f"generate-{name}")) for name in DOMAINS), Counter())
     verified = samples(smoke_run, "verify")
     assert ids(verified) == generated and all(sample.verdict is not None for sample in verified)
+    solved = {sample.problem_id for sample in verified if sample.verdict.status == "correct"}
+    unsolved = pq.read_table(artifact(smoke_run.run_dir, "verify") / "unsolved.parquet").to_pylist()
+    assert {row["problem_id"]: row["attempts"] for row in unsolved} == Counter(
+        sample.problem_id for sample in verified if sample.problem_id not in solved)
+    assert manifest(smoke_run, "verify")["counts"]["unsolved"] == len(unsolved)
     kept, rejected = samples(smoke_run, "reject"), samples(smoke_run, "reject", "rejected.parquet")
     assert ids(kept) + ids(rejected) == generated
     curated, dropped = samples(smoke_run, "curate"), samples(smoke_run, "curate", "dropped.parquet")

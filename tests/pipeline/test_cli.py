@@ -61,6 +61,18 @@ def test_a_dry_run_shows_what_would_run_and_writes_nothing(posttrain, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_prices_the_generation_of_a_workflow_that_generates(posttrain):
+    seen = posttrain("run", "deepseek-v3", "--dry-run")
+    assert seen.code == 0
+    assert "26 of 26 stages would run" in seen.out
+    rows = {line.split()[0]: line.split() for line in seen.out.splitlines() if line.strip()}
+    assert rows["generation,"][2:] == ["answered", "by", "prompts", "samples:", "first", "expected", "most", "prompt",
+                                       "tokens", "tokens", "written", "by", "a", "judge", "engine", "hours", "USD",
+                                       "kept", "wanted"]
+    assert rows["math"][1:6] == ["expert-math", "300k", "1.2M", "1.71M", "4.8M"] and rows["math"][-1] == "240k"
+    assert rows["all"][-1] == "1.5M" and "GPU hours); with engine.replicas 4" in seen.out
+
+
 def test_a_dry_run_with_an_override_names_the_key(posttrain, finished):
     seen = posttrain("run", "toy.yaml", "--run-dir", "run", "--dry-run", "rl.group_size=8")
     assert "2 of 3 stages would run" in seen.out
@@ -159,6 +171,14 @@ def traced(tmp_path):
     def samples(*rows, name="samples.parquet"):
         return lambda out: write_table(out / name, rows, Sample)
 
+    def parts(*rows):
+        def write(out):
+            (out / "samples").mkdir()
+            for index, row in enumerate(rows):
+                write_table(out / "samples" / f"part-{index:05}.parquet", [row], Sample)
+
+        return write
+
     def rejected(out):
         samples(sample(*good, right))(out)
         samples(sample(*bad, wrong, '{"reason": "wrong"}'), name="rejected.parquet")(out)
@@ -179,8 +199,8 @@ def traced(tmp_path):
 
     problems = commit(directory, "problems", {}, problem_table, "a0" * 32)
     trained = commit(directory, "expert-math-rl", problems, expert, "a1" * 32)
-    made = commit(directory, "generate-math", problems | trained, samples(sample(*good), sample(*bad)), "a2" * 32)
-    verified = commit(directory, "verify", made, samples(sample(*good, right), sample(*bad, wrong)), "a3" * 32)
+    made = commit(directory, "generate-math", problems | trained, parts(sample(*good), sample(*bad)), "a2" * 32)
+    verified = commit(directory, "verify", made, parts(sample(*good, right), sample(*bad, wrong)), "a3" * 32)
     kept = commit(directory, "reject", verified, rejected, "a4" * 32)
     curated = commit(directory, "curate", kept, samples(sample(*good, right)), "a5" * 32)
     packed = commit(directory, "pack", curated, pack, "a6" * 32)
