@@ -152,7 +152,7 @@ def _packs(run: RunView) -> str:
 
 
 def _reasons(run: RunView) -> str:
-    found = run.verdicts("verify", "samples.parquet")
+    found = run.verdicts("verify", "samples")
     rows = [[text(domain), text(status), text(reason), f"{count:,}"] for domain, counter in sorted(found.items())
             for (status, reason), count in counter.most_common()]
     return fold("Every reason the verifiers gave", table(["domain", "status", "reason", "samples"], rows, right=(3,))) \
@@ -243,7 +243,7 @@ def trust_section(run: RunView) -> str:
 
 def _verdict_table(run: RunView, trained: list[str]) -> str:
     rows = []
-    for stage, file in [("verify", "samples.parquet"), *((name, "rollouts.parquet") for name in trained),
+    for stage, file in [("verify", "samples"), *((name, "rollouts.parquet") for name in trained),
                         ("evaluate", "samples.parquet")]:
         counter: Counter[str] = Counter()
         for found in run.verdicts(stage, file).values():

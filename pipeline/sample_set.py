@@ -23,6 +23,7 @@ LOST = {"reject": ("rejected", "verify"), "curate": ("dropped", "reject")}  # ta
 SHORTEST_PREFIX = 6
 _INDEX = {"id": "id", "problem_id": "problem_id", "domain": "domain", "form": "form", "tokens": "tokens",
           "verdict.status": "status", "verdict.score": "score", "verdict.reason": "reason"}
+_LABELS = ("domain", "form", "verdict.status", "verdict.reason")
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ def _of_run(run: RunDirectory, stage: str | None, lost: bool) -> SampleSet:
         table = _opened(*(folder / ("dataset" if stage == "curate" else "samples") for folder in folders))
         return SampleSet(title, table, _index(table), run, inputs)
     name, source = LOST[stage]
-    gone = Table(folders[0] / name).narrow(["id", "reason", *(["other"] if stage == "curate" else [])]).drop("file")
+    columns = ["id", "reason", *(["other"] if stage == "curate" else [])]
+    gone = Table(folders[0] / name).narrow(columns, ["reason"]).drop("file", "place")
     table = _opened(run.stage_folder(source, inputs[source]) / "samples")
-    index = _index(table).join(gone.drop("place").rename({"reason": "lost"}), on="id", maintain_order="left")
+    index = _index(table).join(gone.rename({"reason": "lost"}), on="id", maintain_order="left")
     return SampleSet(f"{title}, lost", table, index, run, inputs)
 
 
@@ -169,4 +171,4 @@ def _opened(*paths: Path) -> Table:
 
 
 def _index(table: Table) -> pl.DataFrame:
-    return table.narrow(list(_INDEX)).rename(_INDEX)
+    return table.narrow(list(_INDEX), _LABELS).rename(_INDEX)

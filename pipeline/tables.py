@@ -100,16 +100,16 @@ class Table:
                 if not left:
                     break
 
-    def narrow(self, columns: Sequence[str]) -> pl.DataFrame:
+    def narrow(self, columns: Sequence[str], labels: Sequence[str] = ()) -> pl.DataFrame:
         """Whole columns, with the `place` of each row and the `file` (its index) that holds it.
 
-        A dot in a name reaches into a struct, whose other fields are not read.
+        A dot in a name reaches into a struct, whose other fields are not read. labels: columns of few different
+        strings, which become categories.
         """
         frames = []
         for index, file in enumerate(self.files):
             read = pl.DataFrame(pl.from_arrow(pq.ParquetFile(file).read(columns=list(columns)).flatten()))
-            short = [name for name, kind in read.schema.items() if kind == pl.String and not name.endswith("id")]
-            frames.append(read.with_columns(pl.col(short).cast(pl.Categorical), file=pl.lit(index, pl.Int32)))
+            frames.append(read.with_columns(pl.col(labels).cast(pl.Categorical), file=pl.lit(index, pl.Int32)))
         return pl.concat(frames).with_row_index("place").cast({"place": pl.Int64})
 
     def part_of(self, place: int) -> tuple[Path, int]:
