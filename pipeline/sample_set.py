@@ -20,6 +20,7 @@ from pipeline.tables import Table, files, find
 
 STAGES = ("curate", "reject", "verify", "generate")
 LOST = {"reject": ("rejected", "verify"), "curate": ("dropped", "reject")}  # table of the lost, stage with their text
+ATTEMPTS = "attempts"  # verify, or generate where nothing is verified yet: all that was tried
 SHORTEST_PREFIX = 6
 _INDEX = {"id": "id", "problem_id": "problem_id", "domain": "domain", "form": "form", "tokens": "tokens",
           "verdict.status": "status", "verdict.score": "score", "verdict.reason": "reason"}
@@ -46,6 +47,7 @@ class SampleSet:
     """
 
     title: str
+    stage: str | None  # of a run
     table: Table
     index: pl.DataFrame
     run: RunDirectory | None = None
@@ -78,12 +80,12 @@ class SampleSet:
                  self.table.read(index["place"].sort().to_list(), ["completion", "messages"])]
         return index.filter(pl.col("place").is_in(pl.concat(found).implode())) if found else index.clear()
 
-    def of_problem(self, problem_id: str) -> pl.DataFrame:
+    def of_problem(self, index: pl.DataFrame, problem_id: str) -> pl.DataFrame:
         """The samples of a problem; of its id `SHORTEST_PREFIX` digits are enough. Raises RunError for none or several.
         """
         if len(problem_id) < SHORTEST_PREFIX:
             raise RunError(f"problem id {problem_id!r} is too short; give {SHORTEST_PREFIX} digits or more")
-        index = self.index.filter(pl.col("problem_id").str.starts_with(problem_id))
+        index = index.filter(pl.col("problem_id").str.starts_with(problem_id))
         found = index["problem_id"].unique()
         if len(found) != 1:
             raise RunError(f"{problem_id} is the beginning of {len(found)} problem ids; give more digits" if len(found)
@@ -114,20 +116,23 @@ class SampleSet:
 def open_set(path: Path, stage: str | None = None, lost: bool = False) -> SampleSet:
     """The samples of a run (of its latest stage that has any), or of a folder or file of Parquet.
 
-    lost: what the stages reject or curate turned away. Raises RunError where there is no such set.
+    stage: one of STAGES, `generate-DOMAIN` or ATTEMPTS. lost: what the stages reject or curate turned away. Raises
+    RunError where there is no such set.
     """
     if (path / "recipe.yaml").is_file():
         return _of_run(RunDirectory(path), stage, lost)
-    if stage is not None or lost:
+    if lost or stage not in (None, ATTEMPTS):
         raise RunError(f"{path}: --stage and --lost are for the directory of a run, and this is none (it has no "
                        "recipe.yaml)")
     inner = next((path / name for name in ("dataset", "samples") if (path / name).is_dir()), path)
-    return SampleSet(str(path), table := _opened(inner), _index(table))
+    return SampleSet(str(path), None, table := _opened(inner), _index(table))
 
 
 def _of_run(run: RunDirectory, stage: str | None, lost: bool) -> SampleSet:
     known = sorted(path.name for path in (run.root / "stages").glob("*"))
     generated = [name for name in known if name.startswith("generate-")]
+    if stage == ATTEMPTS:
+        stage = "verify" if "verify" in known else "generate"
     if stage is None:
         if lost:
             stage = "curate" if "curate" in known else "reject"
@@ -149,13 +154,13 @@ def _of_run(run: RunDirectory, stage: str | None, lost: bool) -> SampleSet:
     title = f"{run.root}, {stage}"
     if not lost:
         table = _opened(*(folder / ("dataset" if stage == "curate" else "samples") for folder in folders))
-        return SampleSet(title, table, _index(table), run, inputs)
+        return SampleSet(title, stage, table, _index(table), run, inputs)
     name, source = LOST[stage]
     columns = ["id", "reason", *(["other"] if stage == "curate" else [])]
     gone = Table(folders[0] / name).narrow(columns, ["reason"]).drop("file", "place")
     table = _opened(run.stage_folder(source, inputs[source]) / "samples")
     index = _index(table).join(gone.rename({"reason": "lost"}), on="id", maintain_order="left")
-    return SampleSet(f"{title}, lost", table, index, run, inputs)
+    return SampleSet(f"{title}, lost", stage, table, index, run, inputs)
 
 
 def _opened(*paths: Path) -> Table:

@@ -7,6 +7,11 @@ of no width behind which text hides. All of them are shown as their code point.
 from __future__ import annotations
 
 import re
+import sys
+
+from rich.console import Console
+
+PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe
 
 # C0 and C1 controls, soft hyphen, zero-width and direction marks, tags, and halves of a character
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -22,3 +27,8 @@ def one_line(value: object, most: int) -> str:
     """`visible` on one line of at most `most` characters."""
     line = " ".join(visible(value).split())
     return line if len(line) <= most else line[:most - 3] + "..."
+
+
+def open_console() -> Console:
+    """Made when needed: the tests and the shell may have redirected stdout since the import."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
