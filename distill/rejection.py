@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from distill.review import REVIEWER
 from pipeline.recipe import RejectConfig
 from pipeline.records import UNSCORED, Problem, Sample, Status
 from pipeline.stage import StageError
@@ -22,7 +23,7 @@ def reject(samples: Iterable[Sample], problems: Iterable[Problem],
            config: RejectConfig) -> tuple[list[Sample], Rejected, Funnel]:
     """Samples to keep, the others each with a reason, and the funnel per domain.
 
-    Reasons: no_verdict, infra_error, abstain, malformed, timeout, wrong, judge_score, truncated, too_long,
+    Reasons: reviewer, no_verdict, infra_error, abstain, malformed, timeout, wrong, judge_score, truncated, too_long,
     bad_thinking, no_thinking, empty_answer, duplicate, not_shortest. A sample of the original form may think unasked:
     RL teaches an expert to bring its reasoning where no system prompt calls for it (section 5.1). Raises StageError,
     with the funnel, when a domain ends empty, and ValueError for a sample whose problem is unknown.
@@ -55,6 +56,8 @@ def unfit(sample: Sample, problem: Problem, config: RejectConfig) -> str | None:
     verdict = sample.verdict
     if verdict is None:
         return "no_verdict"
+    if verdict.verifier == REVIEWER and verdict.status is not Status.CORRECT:
+        return REVIEWER
     if verdict.status in UNSCORED:
         return verdict.status.value
     if problem.check.kind == "principles":
@@ -77,16 +80,21 @@ def unfit(sample: Sample, problem: Problem, config: RejectConfig) -> str | None:
 
 
 def _shortest(group: list[Sample], keep: int) -> tuple[list[Sample], Rejected]:
-    """The `keep` shortest different completions; where a judge scored them, the best scored come first."""
+    """The `keep` shortest different completions; where a judge scored them, the best scored come first.
+
+    What a reviewer let through comes before all others, and stays whatever `keep` is.
+    """
+    reviewed = {s.id for s in group if s.verdict is not None and s.verdict.verifier == REVIEWER}
     judged = any(s.verdict is not None and s.verdict.verifier == "judge" for s in group)
-    group = sorted(group, key=lambda s: (-(s.verdict.score or 0.0) if judged else 0.0, s.tokens, s.id))
+    group = sorted(group, key=lambda s: (s.id not in reviewed, -(s.verdict.score or 0.0) if judged else 0.0, s.tokens,
+                                         s.id))
     chosen: list[Sample] = []
     others: Rejected = []
     seen: set[str] = set()
     for sample in group:
         if sample.completion in seen:
             others.append((sample, "duplicate"))
-        elif len(chosen) == keep:
+        elif len(chosen) >= keep and sample.id not in reviewed:
             others.append((sample, "not_shortest"))
         else:
             chosen.append(sample)

@@ -6,7 +6,7 @@ shown, and as a stream where one is searched for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,17 @@ class SampleSet:
 
     def problems(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The problems of a run by id; {} for a folder outside of one."""
-        if self.run is None or (manifest := self.run.newest_manifest("problems")) is None:
-            return {}
-        fingerprint = self.inputs.get("problems", manifest["fingerprint"])
-        path = self.run.stage_folder("problems", fingerprint) / "problems.parquet"
-        found = find(path, pl.col("id").is_in(sorted(set(ids))), SCHEMAS[Problem].names)
-        return {row["id"]: row for row in found}
+        return problems_of(self.run, self.inputs, ids) if self.run is not None else {}
+
+
+def problems_of(run: RunDirectory, inputs: Mapping[str, str], ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Problems of a run by id, from the artifact among `inputs` (fingerprints by stage), else from the newest."""
+    manifest = run.newest_manifest("problems")
+    if manifest is None:
+        return {}
+    path = run.stage_folder("problems", inputs.get("problems", manifest["fingerprint"])) / "problems.parquet"
+    found = find(path, pl.col("id").is_in(sorted(set(ids))), SCHEMAS[Problem].names)
+    return {row["id"]: row for row in found}
 
 
 def open_set(path: Path, stage: str | None = None, lost: bool = False) -> SampleSet:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -110,10 +111,18 @@ def verify(context: StageContext) -> StageResult:
 
 def reject(context: StageContext) -> StageResult:
     """Best of n: correct, well-formed, concise."""
-    from distill import rejection
+    from distill import rejection, review
 
-    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
-    kept, rejected, funnel = rejection.reject(samples, load_problems(context), context.config["reject"])
+    config, verified = context.config["reject"], context.inputs["verify"] / "samples.parquet"
+    decisions = review.read_decisions(Path(config.reviews)) if config.reviews else {}
+    samples = [review.revised(sample, decisions[sample.id]) if sample.id in decisions else sample
+               for sample in read_table(verified, Sample)]
+    problems = load_problems(context)
+    kept, rejected, funnel = rejection.reject(samples, problems, config)
+    lost = pl.DataFrame([(sample.id, reason) for sample, reason in rejected], ["id", "reason"], orient="row")
+    principled = {problem.domain for problem in problems if problem.check.kind == "principles"}
+    (context.out / "review").mkdir()
+    pq.write_table(review.queue(verified, lost, config, principled, decisions), context.out / "review/queue.parquet")
     write_table(context.out / "samples.parquet", kept, Sample)
     write_table(context.out / "rejected.parquet", _marked(rejected), Sample)
     return StageResult(counts={"in": len(samples), "out": len(kept), "funnel": funnel},
