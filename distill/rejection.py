@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import polars as pl
 
+from distill.review import REVIEWER, refused
 from pipeline.recipe import RejectConfig
 from pipeline.records import UNSCORED, Status
 from pipeline.stage import StageError
@@ -30,16 +31,17 @@ RUNAWAY = 0.1  # compressed size over size: prose has 0.4 to 0.6, one sentence o
 def unfit(frame: pl.DataFrame, config: RejectConfig, principled: Iterable[str]) -> pl.Series:
     """Why each sample cannot be trained on whatever the others look like; null where it can.
 
-    frame: rows of `Sample`; `principled`: the domains whose answers a judge scores by principles. Reasons: no_verdict,
-    infra_error, abstain, malformed, timeout, wrong, judge_score, truncated, too_long, bad_thinking, no_thinking,
-    empty_answer, mixed_language, repetition. A sample of the original form may think unasked: RL teaches an expert to
-    bring its reasoning where no system prompt calls for it (section 5.1).
+    frame: rows of `Sample`; `principled`: the domains whose answers a judge scores by principles. Reasons: reviewer,
+    no_verdict, infra_error, abstain, malformed, timeout, wrong, judge_score, truncated, too_long, bad_thinking,
+    no_thinking, empty_answer, mixed_language, repetition. A sample of the original form may think unasked: RL teaches
+    an expert to bring its reasoning where no system prompt calls for it (section 5.1).
     """
     verdict = pl.col("verdict").struct
     status, score = verdict.field("status"), verdict.field("score")
     by_principles = pl.col("domain").is_in(list(principled))
     by_verdict = (
         pl.when(pl.col("verdict").is_null()).then(pl.lit("no_verdict"))
+        .when(refused()).then(pl.lit(REVIEWER))
         .when(status.is_in([s.value for s in UNSCORED])).then(status)
         .when(by_principles & status.is_in([Status.MALFORMED.value, Status.TIMEOUT.value])).then(status)
         .when(by_principles & (score.is_null() | (score < config.min_judge_score))).then(pl.lit("judge_score"))
@@ -88,6 +90,7 @@ def narrow(frame: pl.DataFrame, reasons: pl.Series, principled: Iterable[str]) -
         pl.when(pl.col("domain").is_in(list(principled))).then(pl.col("verdict").struct.field("score"))
         .otherwise(0.0).cast(pl.Float32).alias("score"),
         pl.col("completion").hash().alias("text"),
+        (pl.col("verdict").struct.field("verifier") == REVIEWER).fill_null(False).alias("reviewed"),
         reasons.cast(pl.Categorical).alias("reason"))
 
 
@@ -95,15 +98,17 @@ def choose(samples: pl.DataFrame, keep: int) -> pl.Series:
     """The reasons of all samples, those of `unfit` among them; null for the `keep` best of each problem and form.
 
     samples: rows of `narrow`, of all parts. The shortest different completions are best; where a judge scored them,
-    the best scored come first. New reasons: duplicate, not_shortest.
+    the best scored come first. What a reviewer let through comes before all others, and stays whatever `keep` is. New
+    reasons: duplicate, not_shortest.
     """
     group = ["problem", "form"]
     fit = (samples.with_row_index("row").filter(pl.col("reason").is_null())
-           .sort(*group, "score", "tokens", "id", descending=[False, False, True, False, False])
-           .select("row", *group, pl.struct(*group, "text").is_first_distinct().alias("first")))
+           .sort(*group, "reviewed", "score", "tokens", "id", descending=[False, False, True, True, False, False])
+           .select("row", *group, "reviewed", pl.struct(*group, "text").is_first_distinct().alias("first")))
     place = pl.col("first").cast(pl.UInt32).cum_sum().over(group)
     lost = fit.select("row", pl.when(~pl.col("first")).then(pl.lit("duplicate"))
-                      .when(place > keep).then(pl.lit("not_shortest")).otherwise(None).alias("why"))
+                      .when((place > keep) & ~pl.col("reviewed")).then(pl.lit("not_shortest"))
+                      .otherwise(None).alias("why"))
     lost = lost.filter(pl.col("why").is_not_null())
     return samples["reason"].cast(pl.String).scatter(lost["row"], lost["why"])
 

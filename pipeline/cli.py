@@ -21,10 +21,10 @@ from pipeline.progress import counts_line, duration, read_progress
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import Stage
+from pipeline.visible import open_console
 from pipeline.workflow_lookup import existing_run, find_recipe, load_prices, load_stages, open_run
 
-PIPED_WIDTH = 160  # columns of tables that go to a file or a pipe
-COMMANDS = ("workflows.commands",)  # modules of other packages that bring commands of their own
+COMMANDS = ("pipeline.data_command", "workflows.commands")  # modules that bring commands of their own
 STATE_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "stale": "magenta", "waiting": "dim"}
 
 app = typer.Typer(
@@ -58,11 +58,11 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, run_dir: Ru
     if dry_run:
         directory.check_owner(loaded.name)
         planned = plan(stages, loaded.seed, directory)
-        _console().print(_plan_table(planned))
+        open_console().print(_plan_table(planned))
         todo = sum(item.state != DONE for item in planned)
         if prices := load_prices(loaded):
-            _console().print("", prices, "", sep="\n")
-        _console().print(f"{todo} of {len(planned)} stages would run in {directory.root}", highlight=False)
+            open_console().print("", prices, "", sep="\n")
+        open_console().print(f"{todo} of {len(planned)} stages would run in {directory.root}", highlight=False)
         return
     _run_stages(loaded, stages, directory, until=until)
 
@@ -80,7 +80,7 @@ def stage(name: StageArgument, recipe: RecipeArgument, overrides: OverridesArgum
 def _run_stages(recipe: Recipe, stages: list[Stage], directory: RunDirectory, **options: Any) -> None:
     from pipeline import runner
 
-    console = _console()
+    console = open_console()
     again = shlex.join(["posttrain", *sys.argv[1:]])
     try:
         summary = runner.run(recipe, stages, directory.root, console=console, **options)
@@ -114,7 +114,7 @@ def status(directory: DirArgument,
     if as_json:
         print(json.dumps([_status_record(opened.directory, item) for item in planned], indent=2))
     else:
-        _console().print(_status_table(opened.directory, planned))
+        open_console().print(_status_table(opened.directory, planned))
 
 
 @app.command(epilog="[cyan]posttrain why runs/tiny rl[/]")
@@ -122,7 +122,7 @@ def why(directory: DirArgument, stage: StageArgument) -> None:
     """Why a stage is stale: the recipe key, the source file, the seed or the input that changed."""
     opened = open_run(directory)
     for line in explain_why(opened.stages, opened.recipe.seed, opened.directory, stage):
-        _console().print(line, markup=False, highlight=False, soft_wrap=True)
+        open_console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="[cyan]posttrain show runs/tiny pack --sample 3[/]   which tokens carry loss\n\n"
@@ -132,7 +132,7 @@ def show(directory: DirArgument, stage: StageArgument,
     """One row of what a stage made: a pack with its loss mask, a sample or rollout with its verdict."""
     from pipeline.show import show as show_row
 
-    show_row(existing_run(directory), stage, sample, _console())
+    show_row(existing_run(directory), stage, sample, open_console())
 
 
 @app.command()
@@ -141,14 +141,14 @@ def lineage(directory: DirArgument,
     """Where a sample came from and what became of it: problem, expert, verdict, kept or why not, pack."""
     from pipeline.lineage import lineage as trace
 
-    _console().print(trace(existing_run(directory), sample_id), highlight=False, soft_wrap=True)
+    open_console().print(trace(existing_run(directory), sample_id), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def report(directory: DirArgument) -> None:
     """Write DIR/report.html again: the data's funnel, curves, rollouts, drift, cost."""
     opened = open_run(directory)
-    _write_report(opened.directory, opened.stages, _console())
+    _write_report(opened.directory, opened.stages, open_console())
 
 
 @app.command()
@@ -156,7 +156,7 @@ def doctor(directory: Annotated[Path, typer.Argument(help="Where runs would live
     """Check this machine: libraries, sandbox, Ray and the engine really start. About a minute."""
     from pipeline.doctor import report as examine
 
-    if not examine(directory.absolute(), _console()):
+    if not examine(directory.absolute(), open_console()):
         raise typer.Exit(1)
 
 
@@ -221,11 +221,6 @@ def _brief(reason: str) -> str:
 
 def _styled(state: str) -> str:
     return f"[{STATE_STYLES[state]}]{state}[/]"
-
-
-def _console() -> Console:
-    """Made when needed: the tests and the shell may have redirected stdout since the import."""
-    return Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
 
 
 def _complain(text: str, style: str = "red") -> None:

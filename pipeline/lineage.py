@@ -1,22 +1,32 @@
-"""Where a sample came from and what became of it, read from the manifests and tables of a run."""
+"""Where a sample came from and what became of it, read from the manifests and tables of a run.
+
+Only columns of ids are read whole, and of the rest the rows that were found: seconds for millions of samples.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import polars as pl
 from rich.markup import escape
 from rich.tree import Tree
 
 from pipeline.artifacts import RunDirectory, RunError
+from pipeline.tables import Table, files, find
+from pipeline.visible import one_line
 
 SHORTEST_PREFIX = 6
+WIDE = 160  # characters of a text that the tree shows
+_SAMPLE = ("id", "problem_id", "domain", "form", "tokens", "finish_reason", "checkpoint", "sampling", "provenance")
+# what a stage does to the samples it turns away, and its tables of those and of the others
+_STAGES = {"reject": ("rejected", "rejected", "samples"), "curate": ("dropped", "dropped", "dataset")}
 
 
-class _Artifacts:
+class Artifacts:
     """All committed manifests, newest first, and the steps from one to its makers and users."""
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -45,51 +55,128 @@ class _Artifacts:
         return None
 
 
+@dataclass
+class Fate:
+    """What became of a sample after its verdict. id: its last one, which an edit changes."""
+
+    id: str
+    steps: list[str]
+    kept: bool = True  # by every stage so far
+
+
 def lineage(directory: RunDirectory, sample_id: str) -> Tree:
     """Problem, expert, verdict and fate of a sample as a tree; `sample_id` may be a prefix of 6 digits or more.
 
-    Raises RunError when no generated sample of the run has that id.
+    A sample that a reviewer edited is found by its old and by its new id. Raises RunError when no sample of the run
+    has that id.
     """
-    artifacts = _Artifacts(directory)
-    generate, sample = _find_sample(artifacts, sample_id)
-    tree = Tree(f"[bold]sample {sample['id']}[/]  {sample['domain']}, {sample['form']} form, {sample['tokens']} "
-                f"tokens, ended by {sample['finish_reason']}")
+    artifacts = Artifacts(directory)
+    generate, sample, edited = _find_sample(artifacts, sample_id)
+    shown = edited or sample
+    tree = Tree(f"[bold]sample {shown['id']}[/]  {_said(shown['domain'])}, {_said(shown['form'])} form, "
+                f"{shown['tokens']} tokens, ended by {_said(shown['finish_reason'])}")
+    if edited:
+        tree.add(f"edited from sample {sample['id']}")
     _add_origin(tree, artifacts, generate, sample)
-    _add_fate(tree, artifacts, generate, sample)
+    verify = artifacts.user("verify", generate)
+    if verify is None:
+        tree.add("not verified yet")
+        return tree
+    _add_verdict(tree, artifacts.folder(verify) / "samples", sample["id"])
+    fate = follow(artifacts, verify, [sample["id"]])[sample["id"]]
+    for step in fate.steps:
+        tree.add(escape(step))
+    curate = artifacts.user("curate", artifacts.user("reject", verify))
+    if fate.kept and curate is not None:
+        _add_training(tree, artifacts, curate, fate.id)
     return tree
 
 
-def _find_sample(artifacts: _Artifacts, sample_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def follow(artifacts: Artifacts, verify: dict[str, Any], ids: Sequence[str]) -> dict[str, Fate]:
+    """What became of samples of a verify artifact in the stages after it."""
+    fates = {sample_id: Fate(sample_id, []) for sample_id in ids}
+    source = verify
+    for stage, (verb, lost, kept) in _STAGES.items():
+        going = {fate.id: fate for fate in fates.values() if fate.kept}
+        manifest = artifacts.user(stage, source)
+        if manifest is None:
+            for fate in going.values():
+                fate.steps.append(f"{stage} has not run on it")
+            break
+        folder, mark = artifacts.folder(manifest), manifest["fingerprint"][:12]
+        columns = ["id", "reason", *(["other"] if stage == "curate" else [])]
+        for row in find(folder / lost, pl.col("id").is_in(list(going)), columns):
+            fate = going.pop(row["id"])
+            fate.kept = False
+            fate.steps.append(f"{verb} by {stage}: {row['reason']}" +
+                              (f", like {row['other']}" if row.get("other") else ""))
+        table = Table(folder / kept)
+        for place, sample_id in _places(folder / kept, pl.col("id").is_in(list(going)), "id"):
+            split = table.part_of(place)[0].parent.name
+            going.pop(sample_id).steps.append(
+                f"kept by {stage} ({mark})" + (f", in the {split} split" if stage == "curate" else ""))
+        for row in _edits(folder / kept, list(going)) if stage == "reject" and going else ():
+            edit = json.loads(row["provenance"])
+            fate = going.pop(edit["edited_from"])
+            fate.id = row["id"]
+            fate.steps.append(f"edited by {edit.get('reviewer') or 'a reviewer'} into sample {fate.id}, "
+                              f"kept by {stage} ({mark})")
+        for fate in going.values():
+            fate.kept = False
+            fate.steps.append(f"not among what {stage} wrote")
+        source = manifest
+    return fates
+
+
+def _places(path: Path, wanted: pl.Expr, column: str) -> list[tuple[int, Any]]:
+    """(place in the table, value of the column) of rows."""
+    if not (found := files(path)):
+        return []
+    return list(pl.scan_parquet(found, row_index_name="place", glob=False).filter(wanted).select("place", column)
+                .collect(engine="streaming").iter_rows())
+
+
+def _edits(path: Path, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Samples that reviewers made of others: id and provenance."""
+    return find(path, pl.col("provenance").str.contains("edited_from", literal=True)
+                & pl.col("provenance").str.contains_any(list(ids)), ["id", "provenance"])
+
+
+def _find_sample(artifacts: Artifacts, sample_id: str
+                 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """The stage that generated a sample, the sample as generated, and as edited where that is the one asked for."""
     if len(sample_id) < SHORTEST_PREFIX:
         raise RunError(f"sample id {sample_id!r} is too short; give {SHORTEST_PREFIX} digits or more")
     for manifest in artifacts.manifests:
         if manifest["stage"].startswith("generate-"):
-            row = _find_row(artifacts.folder(manifest) / "samples", sample_id)
+            row = _find_row(artifacts.folder(manifest) / "samples", sample_id, _SAMPLE)
             if row is not None:
-                return manifest, row
+                return manifest, row, None
+        elif manifest["stage"] == "reject":
+            row = _find_row(artifacts.folder(manifest) / "samples", sample_id, _SAMPLE)
+            if row is not None and "edited_from" in (provenance := json.loads(row["provenance"])):
+                return *_find_sample(artifacts, provenance["edited_from"])[:2], row
     raise RunError(f"no generated sample of this run has the id {sample_id}; ids are shown by: "
-                   f"posttrain show {artifacts.directory.root} verify --sample 0")
+                   f"posttrain data {artifacts.directory.root}")
 
 
-def _find_row(path: Path, record_id: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    table = pq.read_table(path)
-    rows = table.filter(pc.starts_with(table["id"], record_id)).to_pylist()
+def _find_row(path: Path, record_id: str, columns: Sequence[str]) -> dict[str, Any] | None:
+    rows = find(path, pl.col("id").str.starts_with(record_id), columns)
     if len({row["id"] for row in rows}) > 1:
         raise RunError(f"{record_id} is the beginning of {len(rows)} ids; give more digits")
     return rows[0] if rows else None
 
 
-def _add_origin(tree: Tree, artifacts: _Artifacts, generate: dict[str, Any], sample: dict[str, Any]) -> None:
+def _add_origin(tree: Tree, artifacts: Artifacts, generate: dict[str, Any], sample: dict[str, Any]) -> None:
     problems = artifacts.ancestor("problems", generate)
-    problem = _find_row(artifacts.folder(problems) / "problems.parquet", sample["problem_id"]) if problems else None
+    problem = problems and _find_row(artifacts.folder(problems) / "problems.parquet", sample["problem_id"],
+                                     ["id", "source", "split", "messages", "check"])
     branch = tree.add(f"problem {sample['problem_id']}")
     if problem:
-        branch.add(f"from {escape(problem['source'])}, {problem['split']} split")
-        branch.add(escape(_short(problem["messages"][-1]["content"])))
+        branch.add(f"from {_said(problem['source'])}, {problem['split']} split")
+        branch.add(_said(problem["messages"][-1]["content"]))
         reference = problem["check"]["reference"]
-        known = f", reference {escape(_short(reference))}" if reference else ""
+        known = f", reference {_said(reference)}" if reference else ""
         branch.add(f"checked by {problem['check']['kind']}{known}")
     made = tree.add(f"generated by {generate['stage']} ({generate['fingerprint'][:12]})")
     if sample["checkpoint"].startswith("teacher:"):
@@ -97,59 +184,38 @@ def _add_origin(tree: Tree, artifacts: _Artifacts, generate: dict[str, Any], sam
     for name, fingerprint in generate["inputs"].items():
         if (artifacts.directory.stage_folder(name, fingerprint) / "checkpoint").is_dir():
             made.add(f"weights of {name} ({fingerprint[:12]}), checkpoint digest {sample['checkpoint']}")
-    made.add(f"sampling {escape(sample['sampling'])}")
+    made.add(f"sampling {_said(sample['sampling'])}")
 
 
-def _add_fate(tree: Tree, artifacts: _Artifacts, generate: dict[str, Any], sample: dict[str, Any]) -> None:
-    verify = artifacts.user("verify", generate)
-    if verify is None:
-        tree.add("not verified yet")
-        return
-    verified = _find_row(artifacts.folder(verify) / "samples", sample["id"])
-    verdict = verified and verified["verdict"]
+def _add_verdict(tree: Tree, verified: Path, sample_id: str) -> None:
+    found = find(verified, pl.col("id") == sample_id, ["verdict"])
+    verdict = found[0]["verdict"] if found else None
     if verdict:
-        line = f"verdict {verdict['status']} ({verdict['reason']}), score {verdict['score']}"
-        branch = tree.add(f"{line}, by {verdict['verifier']} {verdict['version']}")
+        branch = tree.add(f"verdict {verdict['status']} ({_said(verdict['reason'])}), score {verdict['score']}, by "
+                          f"{_said(verdict['verifier'])} {_said(verdict['version'])}")
         if verdict["evidence"]:
-            branch.add(escape(_short(verdict["evidence"])))
-    source = verify
-    for stage, verb, lost in (("reject", "rejected", "rejected.parquet"), ("curate", "dropped", "dropped.parquet")):
-        manifest = artifacts.user(stage, source)
-        if manifest is None:
-            tree.add(f"{stage} has not run on it")
-            return
-        gone = _find_row(artifacts.folder(manifest) / lost, sample["id"])
-        if gone is not None:
-            tree.add(f"{verb} by {stage}: {_reason(gone)}")
-            return
-        if _find_row(artifacts.folder(manifest) / "samples.parquet", sample["id"]) is None:
-            tree.add(f"not among what {stage} wrote")
-            return
-        tree.add(f"kept by {stage} ({manifest['fingerprint'][:12]})")
-        source = manifest
-    _add_training(tree, artifacts, source, sample)
+            branch.add(_said(verdict["evidence"]))
 
 
-def _add_training(tree: Tree, artifacts: _Artifacts, curate: dict[str, Any], sample: dict[str, Any]) -> None:
+def _add_training(tree: Tree, artifacts: Artifacts, curate: dict[str, Any], sample_id: str) -> None:
     pack = artifacts.user("pack", curate)
     if pack is None:
         tree.add("not packed yet")
         return
-    packs = pq.read_table(artifacts.folder(pack) / "packs.parquet", columns=["sample_ids"])["sample_ids"].to_pylist()
-    rows = [str(row) for row, ids in enumerate(packs) if sample["id"] in ids]
-    branch = tree.add(f"in row {', '.join(rows)} of pack ({pack['fingerprint'][:12]})" if rows else
-                      f"not in pack ({pack['fingerprint'][:12]})")
+    path = artifacts.folder(pack) / "packs"
+    places = [place for place, _ in _places(path, pl.col("sample_ids").list.contains(sample_id), "sample_ids")]
+    mark = pack["fingerprint"][:12]
+    if not places:
+        tree.add(f"not in pack ({mark})")
+        return
+    table = Table(path)
+    parts = [f"row {row} of {part.name}" for part, row in map(table.part_of, places)]
+    branch = tree.add(f"in row {', '.join(map(str, places))} of pack ({mark}): {', '.join(parts)}")
     sft = artifacts.user("sft", pack)
-    if rows and sft is not None:
+    if sft is not None:
         branch.add(f"trained on by sft ({sft['fingerprint'][:12]})")
 
 
-def _reason(row: dict[str, Any]) -> str:
-    """Why a row was turned away: a column of its own, or a key of its provenance."""
-    provenance = json.loads(row.get("provenance") or "{}")
-    return str(row.get("reason") or provenance.get("reason") or "no reason recorded")
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else line[:157] + "..."
+def _said(text: Any) -> str:
+    """Text of models and of files, harmless and short."""
+    return escape(one_line(text, WIDE))

@@ -412,6 +412,9 @@ class RejectConfig(Section):
     keep: PositiveInt = Field(1, description="samples kept per problem and form: the shortest of the correct ones")
     max_tokens: PositiveInt = 8192
     min_judge_score: Fraction01 = Field(0.7, description="floor for samples without a rule to check them")
+    review: Annotated[int, Field(ge=0)] = Field(200, description="samples per judged domain put before a person: those "
+                                                "whose score is nearest the floor")
+    reviews: LocalPath | None = Field(None, description="decisions of a person, as posttrain review writes them")
 
 
 class CurateConfig(Section):

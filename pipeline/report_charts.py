@@ -10,9 +10,10 @@ from __future__ import annotations
 import html
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from pipeline.visible import visible
 
 WIDTH, HEIGHT = 260, 130
 LEFT, RIGHT, TOP, BOTTOM = 40, 6, 8, 20  # margins of a line chart, in its own units
@@ -21,14 +22,10 @@ COLOURS = 8  # classes s0 to s7 of the style sheet
 
 Points = Sequence[tuple[float, float]]
 
-# C0 and C1 controls, soft hyphen, zero-width and direction marks: shown, because a model may hide text behind them
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-                        "\ufff9-\ufffb\U000e0000-\U000e007f]|[\ud800-\udfff]")
-
 
 def text(value: Any) -> str:
     """Any value as HTML text; invisible characters stand as their code point in brackets."""
-    return html.escape(_INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", str(value)), quote=True)
+    return html.escape(visible(value), quote=True)
 
 
 def tag(name: str, *children: str, **attributes: Any) -> str:

@@ -15,14 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import polars as pl
 import yaml
 
 from pipeline.artifacts import RunDirectory
 from pipeline.graph import DONE, PlannedStage, plan
 from pipeline.stage import Stage
+from pipeline.tables import Table, files
 
 STATUSES = ("correct", "wrong", "malformed", "timeout", "infra_error", "abstain")
 UNSCORED = ("infra_error", "abstain")
@@ -67,7 +66,7 @@ class RunView:
         return StageView(item, manifest, folder)
 
     def file(self, stage: str, name: str) -> Path | None:
-        """The path of an artifact's file or folder of parts, or None when stage or file is not there."""
+        """The path of an artifact's file, or of its folder of parts; None when stage or file is not there."""
         view = self.by_name.get(stage)
         path = view.folder / name if view is not None and view.folder is not None else None
         return path if path is not None and path.exists() else None
@@ -115,7 +114,7 @@ class RunView:
         for row in _grouped(path, ["domain", "verdict.status", "verdict.reason"]) if path else ():
             if row["verdict.status"] is not None:
                 counter = found.setdefault(row["domain"], Counter())
-                counter[row["verdict.status"], row["verdict.reason"]] += row["count_all"]
+                counter[row["verdict.status"], row["verdict.reason"]] += row["count"]
         return found
 
     @cached_property
@@ -133,7 +132,7 @@ class RunView:
                 if (steps := self._steps(domain, verified.get(domain), packed))}
 
     def _steps(self, domain: str, verified: Counter[tuple[str, str]] | None,
-               packed: dict[str, int] | None) -> list[FunnelStep]:
+               packed: dict[str, tuple[int, int]] | None) -> list[FunnelStep]:
         steps = []
         generated = self.counts(f"generate-{domain}").get("samples")
         if generated is not None:
@@ -156,18 +155,28 @@ class RunView:
         if curate is not None:
             steps.append(FunnelStep("curated", curate["out"], curate["lost"]))
             if packed is not None:
-                rows = packed.get(domain, 0)
-                steps.append(FunnelStep("packed for SFT", rows, {"too_long": curate["out"] - rows}))
+                rows, held = packed.get(domain, (0, 0))
+                steps.append(FunnelStep("packed for SFT", rows,
+                                        {"validation": held, "too_long": curate["out"] - held - rows}))
         return steps
 
-    def _packed(self) -> dict[str, int] | None:
-        """Samples per domain that made it into a pack; None when that cannot be known yet."""
-        packs, samples = self.file("pack", "packs.parquet"), self.file("curate", "samples.parquet")
-        if not packs or not samples:
+    def _packed(self) -> dict[str, tuple[int, int]] | None:
+        """Per domain the samples that made it into a pack, and those of the validation split, which are not packed;
+        None when that cannot be known yet.
+        """
+        packs, train = self.file("pack", "packs"), self.file("curate", "dataset/train")
+        if not packs or not train:
             return None
-        ids = pq.read_table(packs, columns=["sample_ids"])["sample_ids"].combine_chunks().flatten()
-        table = pq.read_table(samples, columns=["id", "domain"])
-        return dict(Counter(table.filter(pc.is_in(table["id"], value_set=ids))["domain"].to_pylist()))
+        ids = pl.scan_parquet(files(packs)).select(pl.col("sample_ids").explode())
+        kept = pl.scan_parquet(files(train)).join(ids, left_on="id", right_on="sample_ids", how="semi")
+        packed, held = _by_domain(kept), Counter[str]()
+        if validation := self.file("curate", "dataset/validation"):
+            held = _by_domain(pl.scan_parquet(files(validation)))
+        return {domain: (packed[domain], held[domain]) for domain in packed | held}
+
+
+def _by_domain(samples: pl.LazyFrame) -> Counter[str]:
+    return Counter(dict(samples.group_by("domain").len().collect(engine="streaming").iter_rows()))
 
 
 @dataclass(frozen=True)
@@ -181,9 +190,7 @@ class FunnelStep:
 
 def _grouped(path: Path, columns: list[str]) -> list[dict[str, Any]]:
     """Rows with their count per combination of the columns; a dot reaches into a struct."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    table = pa.concat_tables(pq.ParquetFile(file).read(columns=columns) for file in files).flatten()
-    return table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
+    return Table(path).narrow(columns, columns).group_by(columns).len("count").to_dicts()
 
 
 def series(curve: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.artifacts import RunDirectory, RunError
 from pipeline.graph import did_you_mean
+from pipeline.tables import Table
+from pipeline.visible import visible
 
 MASKED = -100  # the label of a token without loss
 
@@ -29,8 +30,9 @@ def show(directory: RunDirectory, stage: str, row: int, console: Console) -> Non
     """Print row `row` (from 0) of the stage's main table, or list its files when it has no table."""
     manifest = committed_manifest(directory, stage)
     folder = directory.stage_folder(stage, manifest["fingerprint"])
-    for name, printer in (("packs.parquet", _pack), ("rollouts.parquet", _rollout), ("samples", _sample),
-                          ("samples.parquet", _sample), ("problems.parquet", _fields), ("pairs.jsonl", _fields)):
+    for name, printer in (("packs", _pack), ("rollouts.parquet", _rollout), ("samples", _sample),
+                          ("samples.parquet", _sample), ("dataset", _sample), ("problems.parquet", _fields),
+                          ("pairs.jsonl", _fields)):
         if (folder / name).exists():
             record, rows = _read_row(folder / name, row)
             console.rule(f"{stage} {name}: row {row} of {rows}", align="left")
@@ -44,21 +46,19 @@ def show(directory: RunDirectory, stage: str, row: int, console: Console) -> Non
 
 
 def _read_row(path: Path, row: int) -> tuple[dict[str, Any], int]:
-    if path.suffix == ".jsonl":
-        lines = path.read_text().splitlines()
-        rows = len(lines)
-    else:
-        rows = pq.read_table(path, columns=[]).num_rows
-    if not 0 <= row < rows:
-        raise RunError(f"{path}: there is no row {row}; it has {rows}, counted from 0")
-    if path.suffix == ".jsonl":
-        return json.loads(lines[row]), rows
-    return pq.read_table(path).slice(row, 1).to_pylist()[0], rows
+    """Row `row` of a file, or of all parts of a folder, and how many there are."""
+    if path.suffix != ".jsonl":
+        table = Table(path)
+        return table.row(row), len(table)
+    lines = path.read_text().splitlines()
+    if not 0 <= row < len(lines):
+        raise RunError(f"{path}: there is no row {row}; it has {len(lines)}, counted from 0")
+    return json.loads(lines[row]), len(lines)
 
 
 def _field(console: Console, name: str, value: Any) -> None:
-    console.print(Text(name, style="bold cyan"))
-    console.print(Text(str(value)), soft_wrap=True)
+    console.print(Text(visible(name), style="bold cyan"))
+    console.print(Text(visible(value)), soft_wrap=True)
 
 
 def _fields(record: dict[str, Any], console: Console) -> None:
@@ -108,7 +108,7 @@ def _pack(record: dict[str, Any], console: Console, tokenizer_folder: Path) -> N
         console.print(Text(f"--- {names[number]}", style="bold cyan"))
         line = Text()
         for begin, stop, carries in _segments([label != MASKED for label in labels], start, end):
-            text = decode(ids[begin:stop])
+            text = visible(decode(ids[begin:stop]))
             if carries and not console.is_terminal:
                 text = f"[[{text}]]"
             line.append(text, style="black on green" if carries else "")

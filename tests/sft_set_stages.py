@@ -39,7 +39,8 @@ def reject(samples, config, principled=("writing",), per_part=1000):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parts(folder / "verify/samples", samples, per_part)
-        stage = context({"reject": config, "principled": list(principled)}, {"verify": folder / "verify"}, folder)
+        stage = context({"reject": config, "judged": list(principled), "principled": list(principled)},
+                        {"verify": folder / "verify"}, folder)
         funnel = sft_set.reject(stage).counts["funnel"]
         return (read_table(stage.out / "samples", Sample),
                 lost(stage.out / "rejected", {sample.id: sample for sample in samples}), funnel)

@@ -1,4 +1,4 @@
-"""Commands of `posttrain` that need no run: rewards alone (score, serve, audit) and checkpoints (convert)."""
+"""Commands of `posttrain` beside those of a run: rewards alone (score, serve, audit), checkpoints (convert), review."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def register(app: typer.Typer) -> None:
         audit_rewards)
     app.command(epilog="[cyan]posttrain convert DeepSeek-V3-Base base-bf16 --to bfloat16[/]   for transformers\n\n"
                        "[cyan]posttrain convert runs/v3/stages/rl/*/checkpoint final --to fp8[/]   for vLLM")(convert)
+    app.command(epilog="[cyan]posttrain review runs/tiny[/]   then "
+                       "[cyan]posttrain run tiny reject.reviews=runs/tiny/reviews.jsonl[/]")(review)
 
 
 def score(source: Annotated[Path, typer.Option("--input", "-i", help="Items to score, a JSON object a line.")],
@@ -295,3 +297,50 @@ def convert(source: Annotated[Path, typer.Argument(help="Checkpoint folder of a 
         raise typer.Exit(1) from None
     pairs = f"; FP8 pairs: {done.kept} kept byte for byte, {done.made} quantised" if done.kept or done.made else ""
     typer.echo(f"{done.tensors} tensors, {done.bytes / 10**6:,.1f} MB, in {target}, digest {done.digest}{pairs}")
+
+
+def review(directory: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)],
+           out: Annotated[Path | None, typer.Option(help="File of decisions; default DIR/reviews.jsonl.")] = None,
+           reviewer: Annotated[str | None, typer.Option(help="Who decides; default the name of the account.")] = None,
+           port: Annotated[int, typer.Option(min=1, max=65535)] = 8765) -> None:
+    """Accept, edit or reject the samples a judge was least sure about, on a page that this machine alone can open.
+
+    Each decision is on disk before the next sample is shown. The run applies them with reject.reviews=FILE.
+    """
+    import getpass
+    import socket
+
+    import uvicorn
+
+    from distill.review_page import ReviewFile, build_app, read_queue
+    from pipeline.sample_set import problems_of
+    from pipeline.show import committed_manifest
+    from pipeline.stage import StageError
+    from pipeline.workflow_lookup import existing_run
+
+    run = existing_run(directory)
+    manifest = committed_manifest(run, "reject")
+    try:
+        rows = read_queue(run.stage_folder("reject", manifest["fingerprint"]) / "review/queue.parquet")
+        kept = ReviewFile(out or directory / "reviews.jsonl")
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StageError(f"cannot listen at 127.0.0.1:{port}: {error.strerror}; give another --port") from None
+    except StageError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    problems = problems_of(run, manifest["inputs"], [row["problem_id"] for row in rows])
+    left = sum(row["id"] not in kept.decisions for row in rows)
+    typer.echo(f"{left} of {len(rows)} samples to decide, at http://127.0.0.1:{port}/; decisions go to {kept.path}; "
+               "Ctrl-C ends")
+    app = build_app(rows, problems, kept, reviewer or getpass.getuser())
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    typer.echo(f"{len(kept.decisions)} decisions in {kept.path}; apply them with: posttrain run RECIPE "
+               f"--run-dir {directory} reject.reviews={kept.path}")

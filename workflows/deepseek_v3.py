@@ -92,8 +92,10 @@ def build(recipe: Recipe) -> list[Stage]:
               {**verified, "judged": judged, "teachers": {name: teachers[name].model for name in judged
                                                           if name in teachers}},
               ("problems", *generated, *judges), modules=GENERATED, title="A verdict for every sample"),
-        Stage("reject", sft_set.reject, {"reject": recipe.reject, "principled": principled}, ("verify",),
-              modules=("workflows.sft_set",), title="Keep correct, well-formed, concise samples"),
+        Stage("reject", sft_set.reject, {"reject": recipe.reject, "judged": judged, "principled": principled},
+              ("verify",), modules=("workflows.sft_set",),
+              files=(recipe.reject.reviews,) if recipe.reject.reviews else (),
+              title="Keep correct, well-formed, concise samples"),
         Stage("curate", sft_set.curate,
               {"curate": recipe.curate, "licenses": {name: domain.license for name, domain in recipe.domains.items()}},
               ("problems", "reject"), modules=("workflows.sft_set",), files=recipe.curate.evaluation_files,

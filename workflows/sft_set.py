@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill import curation, rejection
+from distill import curation, rejection, review
 from distill.card import dataset_card
 from pipeline.parts import PART, map_parts, parts, publish
 from pipeline.recipe import RejectConfig
@@ -30,30 +30,46 @@ TOKENIZED_ROWS = 2000  # texts whose tokens are held as Python numbers at a time
 def reject(context: StageContext) -> StageResult:
     """Best of n: correct, well-formed, concise."""
     config, principled = context.config["reject"], context.config["principled"]
+    decisions = review.read_decisions(Path(config.reviews)) if config.reviews else {}
     sources = parts(context.inputs["verify"] / "samples")
-    read = map_parts(judge_part, sources, context.work / "reasons", context.progress, config, principled)
-    decisions = context.work / "decisions"
+    read = map_parts(judge_part, sources, context.work / "reasons", context.progress, config, principled,
+                     decisions)
     tables = [pl.read_parquet(folder / "narrow.parquet") for folder in read]
     samples = pl.concat(tables)
     reasons = rejection.choose(samples, config.keep)
     funnel = rejection.funnel(samples["domain"], reasons)
     rejection.stop_when_empty(funnel, "rejection", "train the expert longer, sample more or relax reject.max_tokens")
-    _write_decisions(decisions, sources, [len(table) for table in tables], reasons.to_frame("reason").with_columns(
+    sizes = [len(table) for table in tables]
+    _write_fates(context.work / "fates", sources, sizes, reasons.to_frame("reason").with_columns(
         split=pl.when(pl.col("reason").is_null()).then(pl.lit("samples")).otherwise(pl.lit("rejected"))))
     del tables, samples
-    folders = map_parts(split_part, sources, context.work / "split", context.progress, decisions,
-                        ("samples",), "rejected")
+    folders = map_parts(split_part, sources, context.work / "split", context.progress, context.work / "fates",
+                        ("samples",), "rejected", decisions)
     kept = publish(folders, "samples.parquet", context.out / "samples")
     lost = publish(folders, "rejected.parquet", context.out / "rejected")
+    (context.out / "review").mkdir()
+    pq.write_table(_review_queue(context, decisions), context.out / "review/queue.parquet")
     return StageResult(counts={"in": kept + lost, "out": kept, "funnel": funnel},
                        metrics={"kept_share": kept / max(1, kept + lost)}, key_metric="kept_share")
 
 
-def judge_part(part: Path, out: Path, config: RejectConfig, principled: list[str]) -> None:
+def _review_queue(context: StageContext, decisions: dict[str, review.Decision]) -> pa.Table:
+    """What a person should look at, of the domains that a judge decides."""
+    judged = context.config["judged"]
+    if not judged:
+        return review.QUEUE.empty_table()
+    lost = pl.scan_parquet(context.out / "rejected/*.parquet").filter(pl.col("domain").is_in(judged)).collect()
+    return review.queue(context.inputs["verify"] / "samples", lost, context.config["reject"],
+                        context.config["principled"], decisions)
+
+
+def judge_part(part: Path, out: Path, config: RejectConfig, principled: list[str],
+               decisions: dict[str, review.Decision]) -> None:
     """Which samples of a part are unfit by themselves, and what deciding about the others takes."""
     frames = []
-    for frame in _frames(part, ["id", "problem_id", "domain", "form", "messages", "completion", "tokens",
-                                "finish_reason", "verdict"]):
+    for frame in _frames(part, SCHEMAS[Sample].names if decisions else [
+            "id", "problem_id", "domain", "form", "messages", "completion", "tokens", "finish_reason", "verdict"]):
+        frame = review.apply(frame, decisions)
         frames.append(rejection.narrow(frame, rejection.unfit(frame, config, principled), principled))
     pl.concat(frames).write_parquet(out / "narrow.parquet", compression="lz4")
 
@@ -67,19 +83,19 @@ def _frames(part: Path, columns: list[str], rows: int = 10_000) -> Iterator[pl.D
         yield pl.DataFrame(pl.from_arrow(batch))
 
 
-def _write_decisions(folder: Path, sources: list[Path], sizes: list[int], decisions: pl.DataFrame) -> None:
+def _write_fates(folder: Path, sources: list[Path], sizes: list[int], fates: pl.DataFrame) -> None:
     """A table of (split, reason, ...) for each part, written anew: it follows from what is durable."""
     folder.mkdir(exist_ok=True)
     start = 0
     for source, size in zip(sources, sizes, strict=True):
-        decisions.slice(start, size).write_parquet(folder / source.name)
+        fates.slice(start, size).write_parquet(folder / source.name)
         start += size
 
 
-def split_part(part: Path, out: Path, decisions: Path, kept: tuple[str, ...], lost: str) -> None:
-    """Rows of a part into the tables that decisions/NAME says: whole ones, and of those lost id, domain, form and why.
-    """
-    decided = pl.read_parquet(decisions / part.name)
+def split_part(part: Path, out: Path, fates: Path, kept: tuple[str, ...], lost: str,
+               decisions: dict[str, review.Decision]) -> None:
+    """Rows of a part into the tables that fates/NAME says: whole ones, and of those lost id, domain, form and why."""
+    decided = pl.read_parquet(fates / part.name)
     why = [name for name in decided.columns if name != "split"]
     file, start = pq.ParquetFile(part), 0
     writers = {name: pq.ParquetWriter(out / f"{name}.parquet", SCHEMAS[Sample], compression="zstd", compression_level=1)
@@ -88,6 +104,9 @@ def split_part(part: Path, out: Path, decisions: Path, kept: tuple[str, ...], lo
     for batch in file.iter_batches(10_000):
         here = decided.slice(start, len(batch))
         start += len(batch)
+        if decisions:
+            batch = review.apply(pl.DataFrame(pl.from_arrow(batch)), decisions).to_arrow().cast(
+                SCHEMAS[Sample]).combine_chunks().to_batches()[0]
         for name, writer in writers.items():
             writer.write_batch(batch.filter(pa.array((here["split"] == name).to_numpy())))
         rows = pl.DataFrame(pl.from_arrow(batch.select(["id", "domain", "form"]))).with_columns(here.select(why))
@@ -107,16 +126,16 @@ def curate(context: StageContext) -> StageResult:
     sketches = map_parts(curation.sketch, sources, context.work / "sketches", context.progress, forbidden)
     choice = curation.Choice([folder / "sketch.parquet" for folder in sketches], config, context.seed)
     decided, quota = choice.decide()
-    decisions = pl.concat(decided)
-    funnel = rejection.funnel(choice.samples["domain"], decisions["reason"])
+    fates = pl.concat(decided)
+    funnel = rejection.funnel(choice.samples["domain"], fates["reason"])
     for domain in quota:
         funnel.setdefault(domain, {"in": 0, "out": 0, "lost": {}})["quota"] = quota[domain]
     needed = {domain: row for domain, row in funnel.items() if row["quota"]["wanted"] or row["out"]}
     rejection.stop_when_empty(needed, "curation", "generate more for it, raise curate.total or set its quota to 0")
-    _write_decisions(context.work / "decisions", sources, choice.sizes, decisions)
-    del choice, decided, decisions
-    folders = map_parts(split_part, sources, context.work / "split", context.progress, context.work / "decisions",
-                        ("train", "validation"), "dropped")
+    _write_fates(context.work / "fates", sources, choice.sizes, fates)
+    del choice, decided, fates
+    folders = map_parts(split_part, sources, context.work / "split", context.progress, context.work / "fates",
+                        ("train", "validation"), "dropped", {})
     counts = {name: publish(folders, f"{name}.parquet", context.out / "dataset" / name)
               for name in ("train", "validation")}
     publish(folders, "dropped.parquet", context.out / "dropped")

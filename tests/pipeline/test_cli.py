@@ -151,9 +151,20 @@ def commit(directory, name, inputs, write, fingerprint):
     return {name: fingerprint}
 
 
+LOST = pa.schema([(name, pa.string()) for name in ("id", "domain", "form", "reason", "other")])
+EDITED = '{"edited_from": "ffff6666ffff6666", "reviewer": "ann"}'
+
+
+def write_parts(folder, samples):
+    """A part for each sample."""
+    folder.mkdir(parents=True)
+    for number, sample in enumerate(samples):
+        write_table(folder / f"part-{number:05}.parquet", [sample], Sample)
+
+
 @pytest.fixture
 def traced(tmp_path):
-    """A run directory with the tables of the data path: one sample packed, one rejected."""
+    """A run directory with the tables of the data path: samples packed, rejected, dropped and edited."""
     directory = RunDirectory(tmp_path / "traced")
     directory.claim("toy", dump_recipe(toy_workflow.recipe()))
     messages = ({"role": "user", "content": "What is 2 + 2?"},)
@@ -167,21 +178,28 @@ def traced(tmp_path):
     right = Verdict(Status.CORRECT, 1.0, "equal", "math", "1")
     wrong = Verdict(Status.WRONG, 0.0, "different", "math", "1", evidence="5 is not 4")
     good, bad = ("aaaa1111aaaa1111", "2 + 2 = 4"), ("bbbb2222bbbb2222", "2 + 2 = 5")
+    same, edited = ("dddd4444dddd4444", "2 + 2 = 4."), ("eeee5555eeee5555", "It is 4.")
+    rough = ("ffff6666ffff6666", "It is 4, I guess.\x1b[2J")
+    everything = [(good, right), (bad, wrong), (same, right), (rough, right)]
 
-    def samples(*rows, name="samples.parquet"):
-        return lambda out: write_table(out / name, rows, Sample)
+    def samples(*rows, name="samples"):
+        """A part for each row."""
+        return lambda out: write_parts(out / name, rows)
 
-    def parts(*rows):
-        def write(out):
-            (out / "samples").mkdir()
-            for index, row in enumerate(rows):
-                write_table(out / "samples" / f"part-{index:05}.parquet", [row], Sample)
-
-        return write
+    def lost(out, name, *rows):
+        (out / name).mkdir()
+        pq.write_table(pa.Table.from_pylist([{"id": row[0], "domain": "math", "form": "original", "reason": row[1],
+                                              "other": row[2]} for row in rows], schema=LOST),
+                       out / name / "part-00000.parquet")
 
     def rejected(out):
-        samples(sample(*good, right))(out)
-        samples(sample(*bad, wrong, '{"reason": "wrong"}'), name="rejected.parquet")(out)
+        samples(sample(*good, right), sample(*same, right), sample(*edited, right, EDITED))(out)
+        lost(out, "rejected", (bad[0], "wrong", None))
+
+    def curated_set(out):
+        samples(sample(*edited, right, EDITED), name="dataset/validation")(out)
+        samples(sample(*good, right), name="dataset/train")(out)
+        lost(out, "dropped", (same[0], "near_duplicate", good[0]))
 
     def expert(out):
         tokenizer = Tokenizer(models.WordLevel({"2": 0, "+": 1, "=": 2, "4": 3, "?": 4}, unk_token="?"))
@@ -192,17 +210,22 @@ def traced(tmp_path):
     def pack(out):
         row = {"input_ids": [0, 1, 0, 2, 3], "labels": [-100, -100, -100, 2, 3], "position_ids": [0, 1, 2, 3, 4],
                "sample_ids": [good[0]]}
-        pq.write_table(pa.Table.from_pylist([row]), out / "packs.parquet")
+        other = {**row, "sample_ids": ["judge-1"]}
+        (out / "packs").mkdir()
+        for number, rows in enumerate([[other, other], [row]]):
+            pq.write_table(pa.Table.from_pylist(rows), out / f"packs/part-{number:05}.parquet")
 
     def problem_table(out):
         write_table(out / "problems.parquet", [problem], Problem)
 
     problems = commit(directory, "problems", {}, problem_table, "a0" * 32)
     trained = commit(directory, "expert-math-rl", problems, expert, "a1" * 32)
-    made = commit(directory, "generate-math", problems | trained, parts(sample(*good), sample(*bad)), "a2" * 32)
-    verified = commit(directory, "verify", made, parts(sample(*good, right), sample(*bad, wrong)), "a3" * 32)
+    made = commit(directory, "generate-math", problems | trained,
+                  samples(*(sample(*row) for row, _ in everything)), "a2" * 32)
+    verified = commit(directory, "verify", made, samples(*(sample(*row, verdict) for row, verdict in everything)),
+                      "a3" * 32)
     kept = commit(directory, "reject", verified, rejected, "a4" * 32)
-    curated = commit(directory, "curate", kept, samples(sample(*good, right)), "a5" * 32)
+    curated = commit(directory, "curate", kept, curated_set, "a5" * 32)
     packed = commit(directory, "pack", curated, pack, "a6" * 32)
     commit(directory, "sft", packed, lambda out: None, "a7" * 32)
     return directory
@@ -211,7 +234,8 @@ def traced(tmp_path):
 def test_lineage_leads_from_problem_and_expert_to_the_pack(posttrain, traced):
     seen = posttrain("lineage", "traced", "aaaa1111")
     for text in ("What is 2 + 2?", "weights of expert-math-rl (a1a1a1a1a1a1), checkpoint digest digest77",
-                 "verdict correct", "kept by reject", "kept by curate", "in row 0 of pack", "trained on by sft"):
+                 "verdict correct", "kept by reject", "kept by curate (a5a5a5a5a5a5), in the train split",
+                 "in row 2 of pack (a6a6a6a6a6a6): row 0 of part-00001.parquet", "trained on by sft"):
         assert text in seen.out, seen.out
 
 
@@ -220,7 +244,23 @@ def test_lineage_says_why_a_sample_was_rejected(posttrain, traced):
     assert "verdict wrong (different)" in seen.out
     assert "5 is not 4" in seen.out
     assert "rejected by reject: wrong" in seen.out
-    assert "pack" not in seen.out
+    assert "curate" not in seen.out and "pack" not in seen.out
+
+
+def test_lineage_says_what_a_dropped_sample_is_like(posttrain, traced):
+    seen = posttrain("lineage", "traced", "dddd4444")
+    assert "dropped by curate: near_duplicate, like aaaa1111aaaa1111" in seen.out
+    assert "kept by reject" in seen.out and "pack" not in seen.out
+
+
+def test_lineage_finds_an_edited_sample_by_its_old_and_its_new_id(posttrain, traced):
+    for sample_id in ("ffff6666", "eeee5555"):
+        seen = posttrain("lineage", "traced", sample_id)
+        for text in (f"sample {sample_id}", "generated by generate-math",
+                     "edited by ann into sample eeee5555eeee5555, kept by reject", "in the validation split",
+                     "not in pack (a6a6a6a6a6a6)"):
+            assert text in seen.out, seen.out
+    assert "edited from sample ffff6666ffff6666" in seen.out
 
 
 def test_an_unknown_sample_is_a_message(posttrain, traced):
@@ -230,8 +270,8 @@ def test_an_unknown_sample_is_a_message(posttrain, traced):
 
 
 def test_show_marks_the_tokens_that_carry_loss(posttrain, traced):
-    seen = posttrain("show", "traced", "pack", "--sample", "0")
-    assert "5 tokens, 2 carry loss" in seen.out
+    seen = posttrain("show", "traced", "pack", "--sample", "2")
+    assert "row 2 of 3" in seen.out and "5 tokens, 2 carry loss" in seen.out
     assert "2 + 2[[= 4]]" in seen.out
 
 
@@ -240,9 +280,16 @@ def test_show_colours_them_in_a_terminal(traced, capsys):
     assert "[[" not in capsys.readouterr().out
 
 
+def test_show_leaves_the_terminal_alone(posttrain, traced):
+    seen = posttrain("show", "traced", "verify", "--sample", "3")
+    assert "I guess.[U+001B][2J" in seen.out and "\x1b" not in seen.out
+
+
 def test_show_prints_a_sample_with_its_verdict(posttrain, traced):
     seen = posttrain("show", "traced", "verify", "--sample", "1")
     assert "2 + 2 = 5" in seen.out
     assert "wrong (different), score 0.0, by math 1" in seen.out
-    assert "there is no row 2" in posttrain("show", "traced", "verify", "--sample", "2").err
+    assert "there is no row 4" in posttrain("show", "traced", "verify", "--sample", "4").err
+    assert "2 + 2 = 4." in posttrain("show", "traced", "reject", "--sample", "1").out
+    assert "It is 4." in posttrain("show", "traced", "curate", "--sample", "1").out
     assert "did you mean verify" in posttrain("show", "traced", "verfy").err

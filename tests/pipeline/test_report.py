@@ -93,11 +93,15 @@ class MadeUp:
         return Sample(f"{domain}-s{index}", f"{domain}-{index % 30}", domain, "original", (), "4", "digest", "{}",
                       "stop", 9, self.verdict(domain, 0.6))
 
+    @staticmethod
+    def parts(folder, samples):
+        folder.mkdir(parents=True)
+        for number, start in enumerate(range(0, len(samples), 50)):
+            write_table(folder / f"part-{number:05}.parquet", samples[start:start + 50], Sample)
+
     def verify(self, out):
         self.verified = [self.sample(domain, index) for domain in self.domains for index in range(self.samples)]
-        (out / "samples").mkdir()
-        for index in range(2):
-            write_table(out / "samples" / f"part-{index:05}.parquet", self.verified[index::2], Sample)
+        self.parts(out / "samples", self.verified)
         return StageResult({"samples": len(self.verified)}, {"correct_share": 0.6}, "correct_share")
 
     def funnel(self, before, after, reasons):
@@ -119,20 +123,23 @@ class MadeUp:
     def reject(self, out):
         right = [s for s in self.verified if s.verdict.status is Status.CORRECT]
         self.kept = [s for index, s in enumerate(right) if index % 3]
-        write_table(out / "samples.parquet", self.kept, Sample)
+        self.parts(out / "samples", self.kept)
         return StageResult({"in": len(self.verified), "out": len(self.kept), "funnel": self.funnel(
             self.verified, self.kept, ["not_shortest", "truncated"])}, {"kept_share": 0.4}, "kept_share")
 
     def curate(self, out):
         self.curated = [s for index, s in enumerate(self.kept) if index % 5]
-        write_table(out / "samples.parquet", self.curated, Sample)
+        self.parts(out / "dataset/train", self.curated[:-2])
+        self.parts(out / "dataset/validation", self.curated[-2:])
         return StageResult({"in": len(self.kept), "out": len(self.curated), "funnel": self.funnel(
             self.kept, self.curated, ["near_duplicate", "quota"])}, {"samples": len(self.curated)}, "samples")
 
     def pack(self, out):
         """One sample of the first domain is too long; a demonstration is packed beside the samples."""
-        ids = [[s.id] for s in self.curated[1:]] + [["judge-1"]]
-        pq.write_table(pa.table({"sample_ids": pa.array(ids, pa.list_(pa.string()))}), out / "packs.parquet")
+        ids = [[s.id] for s in self.curated[1:-2]] + [["judge-1"]]
+        (out / "packs").mkdir()
+        pq.write_table(pa.table({"sample_ids": pa.array(ids, pa.list_(pa.string()))}),
+                       out / "packs/part-00000.parquet")
         return StageResult({"packs": 12, "tokens": 2900, "too_long": 1, "samples": len(self.curated),
                             "judge_demonstrations": 1}, {"fill": 0.94}, "fill")
 
@@ -317,7 +324,7 @@ def test_every_domain_shows_its_way_from_generated_to_packed(whole, page):
     assert "generated 60" in page.text and "verified correct" in page.text and "judged" in page.text
     assert f"curated {funnel['math']['out']} " in page.text
     assert f"packed for SFT {funnel['math']['out'] - 1} −1 too long" in page.text
-    assert f"packed for SFT {funnel['writing']['out']} " in page.text
+    assert f"packed for SFT {funnel['writing']['out'] - 2} −2 validation" in page.text
     assert "not shortest" in page.text and "near duplicate" in page.text
 
 
