@@ -88,6 +88,7 @@ class Teacher:
         self._next = 0.0  # when the next request may be sent
         self._answered = self._refused = 0
         self._failed: StageError | None = None
+        self._stopped = threading.Event()  # set with it: pauses end then
 
     def prompt(self, messages: Conversation) -> list[dict[str, str]]:
         return list(messages)
@@ -109,7 +110,7 @@ class Teacher:
                     self.account.add(1, tries, found.prompt_tokens, found.tokens)
                 return found
             if tries <= self.config.retries:
-                time.sleep(max(wait, pause * random.uniform(0.5, 1.5)))
+                self._stopped.wait(max(wait, pause * random.uniform(0.5, 1.5)))
                 pause = min(2 * pause, LONGEST_PAUSE)
         raise self._fail(f"{self.config.url} gave no answer in {self.config.retries + 1} tries; the last: {found}. "
                          "What it had answered is kept: the same command goes on")
@@ -117,13 +118,13 @@ class Teacher:
     def _wait_for_turn(self) -> None:
         """Keeps to the rate and the money; after a failure nothing more is sent."""
         with self._lock:
-            if self._failed is not None:
-                raise self._failed
             self.account.check()
             turn = max(time.monotonic(), self._next)
             if self.config.requests_per_minute is not None:
                 self._next = turn + 60 / self.config.requests_per_minute
-        time.sleep(max(0.0, turn - time.monotonic()))
+        self._stopped.wait(max(0.0, turn - time.monotonic()))
+        if self._failed is not None:
+            raise self._failed
 
     def _try(self, messages: Conversation, seed: int, tries: int) -> tuple[Answer | str, float]:
         """An answer, or what was wrong and the seconds to wait before another try."""
@@ -165,6 +166,7 @@ class Teacher:
     def _fail(self, message: str) -> StageError:
         with self._lock:
             self._failed = self._failed or StageError(f"teacher {self.config.model}: {message}")
+            self._stopped.set()
             return self._failed
 
     def stop(self) -> None:
@@ -172,6 +174,8 @@ class Teacher:
         self._fail("it was stopped")
 
     def close(self) -> None:
+        """Waits for the requests under way."""
+        self.stop()
         self._threads.shutdown(cancel_futures=True)
         self._http.close()
 

@@ -1,5 +1,6 @@
 """The teacher against a real HTTP server that misbehaves."""
 
+import threading
 import time
 from email.utils import formatdate
 
@@ -158,3 +159,13 @@ def test_tokens_that_an_endpoint_does_not_count_are_estimated():
     del data["usage"]
     answer = read_answer(data, QUESTION)
     assert (answer.tokens, answer.prompt_tokens) == (3, 4)
+
+
+def test_a_pause_ends_when_the_teacher_is_stopped():
+    with ChatServer(echo, lambda number, body: (429, {"Retry-After": "900"}, "")) as server:
+        config = TeacherConfig(url=server.url, model="r1", concurrency=2)
+        with Teacher(config, SAMPLING, Account(config)) as teacher:
+            answers = teacher.answers([[{"role": "user", "content": "x"}]] * 4, range(4))
+            threading.Timer(0.3, teacher.stop).start()
+            with pytest.raises(StageError, match="it was stopped"):
+                next(answers)
