@@ -117,6 +117,10 @@ def reject(context: StageContext) -> StageResult:
     decisions = review.read_decisions(Path(config.reviews)) if config.reviews else {}
     samples = [review.revised(sample, decisions[sample.id]) if sample.id in decisions else sample
                for sample in read_table(verified, Sample)]
+    if unknown := len(decisions) - sum(sample.verdict is not None and sample.verdict.verifier == review.REVIEWER
+                                       for sample in samples):
+        context.progress.note(f"{unknown} of {len(decisions)} decisions of {config.reviews} are about samples that are "
+                              "not here: they were generated anew")
     problems = load_problems(context)
     kept, rejected, funnel = rejection.reject(samples, problems, config)
     lost = pl.DataFrame([(sample.id, reason) for sample, reason in rejected], ["id", "reason"], orient="row")
