@@ -111,8 +111,8 @@ def apply(frame: pl.DataFrame, decisions: Mapping[str, Decision]) -> pl.DataFram
 def refused() -> pl.Expr:
     """Whether a reviewer rejected the sample, from its verdict."""
     verdict = pl.col("verdict").struct
-    return ((verdict.field("verifier") == REVIEWER) & (verdict.field("status") != Status.CORRECT.value)).fill_null(
-        False)
+    by_reviewer = (verdict.field("verifier") == REVIEWER) & (verdict.field("status") != Status.CORRECT.value)
+    return by_reviewer.fill_null(False).alias("refused")
 
 
 def _sample(row: dict[str, Any]) -> Sample:
@@ -139,7 +139,7 @@ def queue(verified: Path, lost: pl.DataFrame, config: RejectConfig, principled: 
               .filter(pl.col("lost").is_null() | pl.col("lost").is_in(_NEARLY),
                       ~pl.col("id").is_in(list(reviewed)))
               .with_columns(distance=distance).sort("distance", "id")
-              .group_by("domain", maintain_order=True).head(config.review).sort("distance", "id"))
+              .filter(pl.int_range(pl.len()).over("domain") < config.review))
     rows = table.rows(chosen["place"].to_list(), SCHEMAS[Sample].names)
     return pa.Table.from_pylist([{**row, "lost": why} for row, why in zip(rows, chosen["lost"], strict=True)
                                  if fault(row["form"], row["completion"]) is None], schema=QUEUE)

@@ -327,6 +327,7 @@ def review(directory: Annotated[Path, typer.Argument(help="The directory of a ru
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(("127.0.0.1", port))
+            listening.listen()
         except OSError as error:
             raise StageError(f"cannot listen at 127.0.0.1:{port}: {error.strerror}; give another --port") from None
     except StageError as error:
