@@ -37,6 +37,9 @@ def reject(context: StageContext) -> StageResult:
     tables = [pl.read_parquet(folder / "narrow.parquet") for folder in read]
     samples = pl.concat(tables)
     reasons = rejection.choose(samples, config.keep)
+    if unknown := len(decisions) - samples["reviewed"].sum():
+        context.progress.note(f"{unknown} of {len(decisions)} decisions of {config.reviews} are about samples that are "
+                              "not here: they were generated anew")
     funnel = rejection.funnel(samples["domain"], reasons)
     rejection.stop_when_empty(funnel, "rejection", "train the expert longer, sample more or relax reject.max_tokens")
     sizes = [len(table) for table in tables]
