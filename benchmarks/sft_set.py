@@ -281,30 +281,39 @@ def our_rows(candidates: Path, run_dir: Path, rows: int, label: str) -> list[Row
 
 
 def killed_rows(candidates: Path, run_dir: Path, rows: int, kills: int, seconds: float, label: str) -> list[Row]:
-    """The same after `kills` kills -9 of the driver, its workers or Ray at random moments of the run."""
+    """The same with `kills` kills -9 at random moments, of the driver and of processes that work for it in turn."""
     rng = random.Random(0)
     unbroken, killed = content_hash(run_dir), run_dir.with_name("killed")
     shutil.rmtree(killed, ignore_errors=True)
-    began, done = time.monotonic(), 0
+    began, done, process = time.monotonic(), 0, None
     while True:
-        process = subprocess.Popen(command("--run", candidates, killed, rows // 2), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        if process is None:
+            process = subprocess.Popen(command("--run", candidates, killed, rows // 2), stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            while process.poll() is None and not any((killed / "work").glob("*/work")):
+                time.sleep(0.05)  # Ray is starting
         try:
-            code = process.wait(rng.uniform(0.02, 0.3) * seconds + 10 if done < kills else None)
+            code = process.wait(rng.uniform(0, 0.1) * seconds if done < kills else None)
         except subprocess.TimeoutExpired:
-            # most kills hit the driver, some a worker of the stage or one of the parts
-            family = [process, *(child for child in psutil.Process(process.pid).children(recursive=True)
-                                 if "ray::" in child.name() or "ray::" in " ".join(child.cmdline()[:1]))]
-            victim = process if done % 2 == 0 else rng.choice(family)
+            workers = [child for child in psutil.Process(process.pid).children(recursive=True) if _works(child)]
+            victim = rng.choice(workers) if done % 2 and workers else process
             victim.kill()
             done += 1
-            if victim is process:
-                process.wait()
-            continue
+            if victim is not process:
+                continue
+            code = process.wait()
         if code == 0:
             break
+        process = None
     return [(f"{label}: kills", done, "times"), (f"{label}: in all with kills", time.monotonic() - began, "s"),
             (f"{label}: same set and packs", float(content_hash(killed) == unbroken), "")]
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[0].startswith(("ray::_unit", "ray::StageWorker"))
+    except (psutil.Error, IndexError):
+        return False
 
 
 def planning_rows(count: int) -> list[Row]:
@@ -428,7 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[300_000, 1_000_000, 3_000_000])
     parser.add_argument("--kills", type=int, default=20, help="in a second run of the most rows")
-    parser.add_argument("--small", action="store_true", help="4,000 rows, 2 kills")
+    parser.add_argument("--small", action="store_true", help="4,000 rows, 1 kill")
     parser.add_argument("--no-peers", action="store_true", help="without the same job in datasets and polars")
     parser.add_argument("--folder", type=Path, help="for candidates and runs, kept; a temporary one by default")
     parser.add_argument("--json", type=Path)
@@ -440,7 +449,7 @@ def main() -> None:
         if words:
             function(Path(words[0]), Path(words[1]), int(words[2]))
             return
-    sizes, kills = ([4000], 2) if arguments.small else (arguments.rows, arguments.kills)
+    sizes, kills = ([4000], 1) if arguments.small else (arguments.rows, arguments.kills)
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.folder or Path(name)
         rows = planning_rows(30_000 if arguments.small else 1_500_000)
