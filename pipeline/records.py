@@ -118,9 +118,9 @@ class Sample:
     form: str  # "original" (problem alone) | "reasoning" (reflective system prompt + problem)
     messages: tuple[Message, ...]  # the prompt as sent
     completion: str
-    checkpoint: str  # digest of the generator
+    checkpoint: str  # digest of the generator, or teacher:MODEL of an endpoint
     sampling: str  # JSON: temperature, top_p, max_tokens, seed, index
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length" | "too_long" | "refused"
     tokens: int
     verdict: Verdict | None = None
     provenance: str = "{}"  # JSON

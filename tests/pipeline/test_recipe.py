@@ -55,8 +55,7 @@ def test_a_domain_generates_as_the_recipe_says_but_for_what_it_says_itself(write
 
 
 def test_a_judged_domain_has_one_round():
-    recipe = load_recipe(RECIPES / "smoke.yaml", ["domains.code.generate={}",
-                                                  "generate={samples: 2, most_samples: 8, wanted: 4, max_tokens: 9}"])
+    recipe = load_recipe(RECIPES / "smoke.yaml", ["generate={samples: 2, most_samples: 8, wanted: 2, max_tokens: 9}"])
     assert [recipe.generation(name).cap for name in ("math", "writing")] == [8, 2]
 
 
