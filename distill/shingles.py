@@ -1,63 +1,90 @@
-"""Hashed word n-grams and MinHash signatures over them, vectorised: words become 64-bit numbers once, and all
-n-grams of a text, or all permutations of a signature, come from whole-array operations.
+"""Hashed word n-grams of many texts at once, and MinHash signatures over them.
 
-MinHash: Broder, 1997. Python's own `hash` of text differs between processes, so words are hashed with BLAKE2.
+Texts become one flat array of hashed words and the place where each text begins, so that n-grams of all of them come
+from a few whole-array operations. Signatures are rensa's R-MinHash (after arXiv 1704.04370).
 """
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
+from rensa import RMinHash
 
-from distill.prompts import normalise
-
-PERMUTATIONS = 64
-BANDS = 8  # of 8 rows: a pair of Jaccard similarity 0.9 shares a band with probability 0.99, one of 0.5 with 0.03
+PERMUTATIONS = 128
+BANDS = 16  # of 8 rows: a pair of Jaccard similarity 0.85 shares a band with probability 0.99, one of 0.5 with 0.06
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so multiplication by its powers loses nothing
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # each character counts as a word
+# punctuation stays inside a word, where it carries meaning in code and formulas, and not around it
+_WORD = rf"[{_UNSPACED}]|[^\s{_UNSPACED}.,;:!?]+(?:[.,;:!?]+[^\s{_UNSPACED}.,;:!?]+)*"
 
 
-class Shingler:
-    """Turns texts into sorted arrays of distinct hashed word n-grams. Remembers the hash of each word it met."""
+def level(texts: pl.Series) -> pl.Series:
+    """Texts with case and Unicode width levelled."""
+    if (texts.str.len_bytes() != texts.str.len_chars()).any():  # ASCII has one form, and most texts are ASCII
+        texts = texts.str.normalize("NFKC")
+    return texts.str.to_lowercase()
 
-    def __init__(self) -> None:
-        self._words: dict[str, int] = {}
-        rng = np.random.default_rng(0)
-        self._scale = rng.integers(1, 2**63, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self._shift = rng.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)
 
-    def ngrams(self, text: str, n: int) -> np.ndarray:
-        """uint64 [at most words - n + 1]; empty for a text of fewer than n words."""
-        words = [word.strip(".,;:!?") for word in normalise(text).split()]
-        count = len(words) - n + 1
-        if count <= 0:
-            return np.empty(0, dtype=np.uint64)
-        hashes = np.fromiter((self._hash(word) for word in words), dtype=np.uint64, count=len(words))
+@dataclass(frozen=True)
+class Words:
+    """Hashed words of texts: uint64 [words of all], and int64 [texts + 1], where each text begins."""
+
+    hashes: np.ndarray
+    starts: np.ndarray
+
+    @staticmethod
+    def of(texts: pl.Series) -> Words:
+        """Words of levelled texts. The hash is polars' own, equal wherever its version is."""
+        found = texts.str.extract_all(_WORD)
+        counts = found.list.len().to_numpy()
+        hashes = found.explode(empty_as_null=False, keep_nulls=False).hash(seed=0).to_numpy()
+        return Words(hashes, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+
+    def ngrams(self, n: int) -> Words:
+        """The hashed n-grams of each text in order; none of a text with fewer than n words."""
+        count = max(0, len(self.hashes) - n + 1)
         grams = np.zeros(count, dtype=np.uint64)
         for offset in range(n):  # a polynomial in _BASE modulo 2^64; overflow is meant
-            grams = grams * _BASE + hashes[offset:offset + count]
-        return np.unique(grams)
+            grams *= _BASE
+            grams += self.hashes[offset:offset + count]
+        sizes = np.diff(self.starts)
+        inside = np.ones(len(self.hashes), dtype=bool)  # but for the n-grams that reach into the next text
+        for back in range(1, n):
+            inside[self.starts[1:][sizes >= back] - back] = False
+        starts = np.concatenate([[0], np.cumsum(np.maximum(sizes - n + 1, 0))])
+        return Words(grams[inside[:count]], starts)
 
-    def _hash(self, word: str) -> int:
-        value = self._words.get(word)
-        if value is None:
-            value = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
-                                   "little")
-            self._words[word] = value
-        return value
-
-    def bands(self, grams: np.ndarray) -> list[int]:
-        """The BANDS keys of a non-empty set of n-grams: near-equal sets share at least one with high probability."""
-        mixed = grams[:, None] * self._scale + self._shift  # [n-grams, permutations], modulo 2^64
-        mixed ^= mixed >> np.uint64(32)  # multiplication alone leaves the order of low bits untouched
-        signature = (mixed * _BASE).min(axis=0).reshape(BANDS, -1)
-        keys = np.arange(BANDS, dtype=np.uint64)
-        for column in signature.T:
-            keys = keys * _BASE + column
-        return keys.tolist()
+    def texts_of(self, places: np.ndarray) -> np.ndarray:
+        """The text that each place in `hashes` belongs to."""
+        return np.searchsorted(self.starts, places, side="right") - 1
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Size of the intersection over size of the union of two sorted arrays without repeats."""
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / (len(a) + len(b) - shared)
+def signatures(grams: Words) -> np.ndarray:
+    """uint32 [texts, PERMUTATIONS]; those of texts without any n-gram say nothing."""
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams.hashes, grams.starts.astype(np.uint64),
+                                                           PERMUTATIONS, 0)
+    return np.array(matrix.to_rows(), dtype=np.uint32).reshape(-1, PERMUTATIONS)
+
+
+def bands(signature: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """uint64 [texts, BANDS]: near-equal texts of a group share at least one key with high probability.
+
+    group: uint64 [texts]; texts of different groups share none.
+    """
+    keys = np.repeat(group[:, None], BANDS, axis=1) * _BASE + np.arange(BANDS, dtype=np.uint64)
+    for column in np.moveaxis(signature.reshape(len(signature), BANDS, -1), 2, 0):
+        keys = keys * _BASE + column
+    return keys
+
+
+def shorten(signature: np.ndarray) -> np.ndarray:
+    """uint8 [texts, PERMUTATIONS], enough to estimate a similarity (b-bit minwise hashing, arXiv 0910.3349)."""
+    return (signature * np.uint32(0x9E3779B1) >> np.uint32(24)).astype(np.uint8)
+
+
+def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard similarities [pairs] of shortened signatures; the deviation at 0.85 is 0.03."""
+    equal = (first == second).mean(axis=1)
+    return (equal - 1 / 256) / (1 - 1 / 256)

@@ -22,7 +22,7 @@ from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import Stage
 from pipeline.visible import open_console
-from pipeline.workflow_lookup import existing_run, find_recipe, load_stages, open_run
+from pipeline.workflow_lookup import existing_run, find_recipe, load_prices, load_stages, open_run
 
 COMMANDS = ("pipeline.data_command", "workflows.commands")  # modules that bring commands of their own
 STATE_STYLES = {"done": "green", "running": "cyan", "interrupted": "yellow", "stale": "magenta", "waiting": "dim"}
@@ -47,7 +47,7 @@ StageArgument = Annotated[str, typer.Argument(help="A stage's name, as 'posttrai
                     "[cyan]posttrain run tiny --dry-run rl.steps=20[/]   which stages that change would run again\n\n"
                     "[cyan]posttrain run my.yaml -d /data/run1 --until sft[/]   stop after supervised fine-tuning")
 def run(recipe: RecipeArgument, overrides: OverridesArgument = None, run_dir: RunDirOption = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, then stop.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, with prices.")] = False,
         until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None) -> None:
     """Run a recipe, or go on with it: stages that are done are not run again."""
     loaded = load_recipe(find_recipe(recipe), overrides or ())
@@ -60,6 +60,8 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, run_dir: Ru
         planned = plan(stages, loaded.seed, directory)
         open_console().print(_plan_table(planned))
         todo = sum(item.state != DONE for item in planned)
+        if prices := load_prices(loaded):
+            open_console().print("", prices, "", sep="\n")
         open_console().print(f"{todo} of {len(planned)} stages would run in {directory.root}", highlight=False)
         return
     _run_stages(loaded, stages, directory, until=until)

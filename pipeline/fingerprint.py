@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pipeline.stage import Stage
 
 # Raised when the layout of artifacts changes, so that no stage reads files written another way.
-ARTIFACT_FORMAT = 2
+ARTIFACT_FORMAT = 3
 
 # The project's own packages: imports of anything else are a matter of installed versions.
 PACKAGES = frozenset({"distill", "evaluation", "pipeline", "policy", "rewards", "rl", "sft", "workflows"})

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -73,6 +74,64 @@ class DatasetSource(Section):
 Source = Annotated[GeneratedSource | JsonlSource | DatasetSource, Field(discriminator="type")]
 
 
+class ExpectedConfig(Section):
+    """What `posttrain run --dry-run` prices generation with; no stage reads it.
+
+    The defaults are of R1: chains of about 6,000 tokens (OpenR1-Math), 16,000 to 20,000 tokens/s from 8 H200.
+    """
+
+    prompt_tokens: PositiveInt = Field(300, description="of a problem")
+    original_tokens: PositiveInt = Field(1000, description="of an answer in the original form")
+    reasoning_tokens: PositiveInt = Field(6000, description="of an answer in the reasoning form")
+    judgement_tokens: PositiveInt = Field(500, description="of a judgement, where a judge gives the verdicts")
+    right_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="of samples, over all problems; problems differ, by a Beta distribution of concentration 2")
+    engine_tokens_per_second: PositiveFloat = Field(16000, description="that one engine (engine.gpus) writes")
+
+
+Form = Literal["original", "reasoning"]
+
+
+class TeacherConfig(Section):
+    """An OpenAI-compatible endpoint that answers a domain's problems in place of an expert, R1 for example.
+
+    Only `model` is part of the stages' fingerprints: a set stays what it is when its endpoint moves.
+    """
+
+    url: str = Field(pattern=r"^https?://", description="up to the version: https://api.deepseek.com/v1")
+    model: str
+    api_key_env: str | None = Field(None, description="name of the environment variable that holds the key")
+    concurrency: PositiveInt = Field(32, description="requests under way at a time")
+    requests_per_minute: PositiveFloat | None = None
+    retries: Annotated[int, Field(ge=0)] = Field(8, description="of a request that met 408, 409, 429, 5xx, a timeout "
+                                                 "or an unreadable answer; then the run stops, what is done is kept")
+    timeout: PositiveFloat = Field(1800, description="seconds without a byte of an answer")
+    input_price: Annotated[float, Field(ge=0)] = Field(0.0, description="USD per million tokens")
+    output_price: Annotated[float, Field(ge=0)] = Field(0.0, description="USD per million tokens")
+    most_cost: PositiveFloat | None = Field(None, description="USD for the domain, judgements included, after which "
+                                            "nothing more is asked and the run stops")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        if self.most_cost is not None and not (self.input_price or self.output_price):
+            raise ValueError("most_cost needs input_price or output_price, or nothing is counted")
+        return self
+
+
+class DomainGenerateConfig(Section):
+    """What a domain generates otherwise than the section `generate` says."""
+
+    problems: PositiveInt | None = None
+    forms: Annotated[tuple[Form, ...], Field(min_length=1)] | None = None
+    samples: PositiveInt | None = None
+    most_samples: PositiveInt | None = None
+    wanted: PositiveInt | None = None
+    temperature: PositiveFloat | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: PositiveInt | None = None
+    expected: ExpectedConfig | None = None
+
+
 class DomainConfig(Section):
     source: Source
     splits: dict[Literal["corpus", "sft", "preference", "rl", "heldout"], Annotated[int, Field(ge=0)]] = Field(
@@ -82,12 +141,18 @@ class DomainConfig(Section):
         "or says whether they match a free-form reference")
     principles: list[str] = Field([], description="a constitution: what every answer of the domain is judged by, "
                                   "beside the principles of its own problem")
+    license: str | None = Field(None, description="of the source, as the dataset card names it")
     feedback: Literal["reward_model", "self"] = Field(
         "reward_model", description="the judge in RL; self: the policy as it was when RL began, by its own votes "
         "(section 5.4.2)")
+    generate: DomainGenerateConfig = DomainGenerateConfig()
+    teacher: TeacherConfig | None = Field(None, description="who answers, and judges, in place of an expert")
 
     @model_validator(mode="after")
     def _consistent(self) -> DomainConfig:
+        if self.judged and self.generate.most_samples is not None:
+            raise ValueError("generate.most_samples is for domains where rules give verdicts; leave it out where "
+                             f"judged is {self.judged}")
         if isinstance(self.source, GeneratedSource):
             wanted = "principles" if self.source.generator == "writing" else None
             if self.judged != wanted:
@@ -312,11 +377,35 @@ class GenerateConfig(Section):
     """Expert generation in both sample forms at high temperature (section 5.1)."""
 
     problems: PositiveInt = Field(375000, description="problems of the sft split per domain")
-    samples: PositiveInt = Field(4, description="samples per problem and form")
+    forms: Annotated[tuple[Form, ...], Field(min_length=1)] = Field(
+        ("original", "reasoning"), description="original: the problem alone; reasoning: with the reflective prompt")
+    samples: PositiveInt = Field(4, description="samples per problem and form; of the first round, where there are "
+                                 "more")
+    most_samples: PositiveInt | None = Field(
+        None, description="where rules give verdicts: a problem and form with fewer right samples than wanted gets as "
+        "many again, up to so many in all; no further rounds when left out")
+    wanted: PositiveInt = Field(1, description="right samples per problem and form that end the rounds")
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: PositiveInt = 16384
-    shard_prompts: PositiveInt = 512
+    shard_prompts: PositiveInt = Field(512, description="prompts an engine gets at a time: what a crash can lose")
+    part_problems: PositiveInt = Field(1024, description="problems per file of samples; memory is bounded by some")
+    expected: ExpectedConfig = ExpectedConfig()
+
+    @property
+    def cap(self) -> int:
+        """Samples that a problem and form can get."""
+        return self.most_samples or self.samples
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerateConfig:
+        if self.cap < self.samples:
+            raise ValueError(f"most_samples {self.most_samples} is below samples {self.samples}, the first round")
+        if self.wanted > self.cap:
+            raise ValueError(f"wanted {self.wanted} is above the {self.cap} samples that a problem and form can get")
+        if len(set(self.forms)) != len(self.forms):
+            raise ValueError(f"forms names one twice (got {list(self.forms)})")
+        return self
 
 
 class RejectConfig(Section):
@@ -335,6 +424,13 @@ class CurateConfig(Section):
     plain_thinking: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict, description="per domain, the most of its plainly asked samples that may think, so that "
         "RL has both patterns to choose from; no limit where none is given")
+    near_duplicate: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        0.85, description="similarity (Jaccard, of runs of five words) from which on two samples are one")
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.002, description="of the problems, whose samples are the set's validation split")
+    evaluation_files: tuple[LocalPath, ...] = Field(
+        (), description="JSONL files of other evaluation sets; no sample may share 13 words with a text in them, as "
+        "none may with the held-out split")
 
     @model_validator(mode="after")
     def _consistent(self) -> CurateConfig:
@@ -376,6 +472,8 @@ class EvaluationConfig(Section):
 class EngineConfig(Section):
     """The vLLM engine. `kv_cache_gib` is for the CPU back end; tensor parallel for GPUs."""
 
+    replicas: PositiveInt = Field(1, description="engines that generate and judge the SFT set at a time, each with its "
+                                  "gpus; no part of any stage's fingerprint")
     kv_cache_gib: PositiveInt = 1
     max_sequences: PositiveInt = 128
     tensor_parallel: PositiveInt = 1
@@ -424,8 +522,24 @@ class Recipe(Section):
     rl: GrpoConfig = GrpoConfig(temperature=0.7)
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    def generation(self, domain: str) -> GenerateConfig:
+        """What `generate` says, with what the domain says otherwise; a judged domain has one round."""
+        own = self.domains[domain].generate
+        rounds = {"most_samples": None, "wanted": 1} if self.domains[domain].judged else {}
+        changed = {name: value for name in type(own).model_fields if (value := getattr(own, name)) is not None}
+        return GenerateConfig.model_validate({**dict(self.generate), **rounds, **changed})
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        for name in self.domains:
+            try:
+                longest = self.generation(name).max_tokens
+            except ValidationError as error:
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"domains.{name}.generate with generate: {message}") from None
+            if longest > self.model.max_length and self.domains[name].generate.max_tokens:
+                raise ValueError(f"domains.{name}.generate.max_tokens {longest} is above model.max_length "
+                                 f"{self.model.max_length}")
         for path, shares in (("curate.quotas", self.curate.quotas),
                              ("curate.plain_thinking", self.curate.plain_thinking)):
             if unknown := set(shares) - set(self.domains):

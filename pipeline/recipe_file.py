@@ -26,6 +26,7 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(data).__name__}")
+    data = _apart(data)
     for override in overrides:
         _apply(data, override)
     try:
@@ -33,6 +34,13 @@ def load_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Reci
     except ValidationError as error:
         lines = [_explain(item, data) for item in error.errors()]
         raise RecipeError(f"{path} has {len(lines)} error{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
+
+
+def _apart(node: Any) -> Any:
+    """A copy in which sections written once by a YAML anchor are as many, so that an override changes one."""
+    if isinstance(node, dict):
+        return {key: _apart(value) for key, value in node.items()}
+    return [_apart(value) for value in node] if isinstance(node, list) else node
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -83,8 +91,14 @@ def _field_names(location: list[str]) -> list[str]:
             section = next((kind for kind in get_args(section) if kind.model_fields["type"].default == part), None)
         else:
             field = getattr(section, "model_fields", {}).get(part)
-            section = field.annotation if field else None
+            section = _without_none(field.annotation) if field else None
     return sorted(getattr(section, "model_fields", {}))
+
+
+def _without_none(annotation: Any) -> Any:
+    """`X` of `X | None`, else the annotation itself."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return kinds[0] if get_origin(annotation) in (Union, UnionType) and len(kinds) == 1 else annotation
 
 
 def _closest(name: str, names: list[str]) -> str | None:

@@ -188,20 +188,29 @@ SCHEMAS: dict[type, pa.Schema] = {
 T = TypeVar("T", Problem, Sample, Rollout)
 
 
+def as_table(records: Iterable[T], record_type: type[T]) -> pa.Table:
+    """Records as an Arrow table of their schema."""
+    return pa.Table.from_pylist([dataclasses.asdict(record) for record in records], schema=SCHEMAS[record_type])
+
+
 def write_table(path: Path, records: Iterable[T], record_type: type[T]) -> int:
-    """Write records as one Parquet file (atomic: aside, fsync, rename); returns the number of rows."""
-    rows = [dataclasses.asdict(record) for record in records]
+    """Write records as one Parquet file (atomic: aside, fsync, rename), its folder made; returns the rows."""
+    table = as_table(records, record_type)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[record_type]), aside, compression="zstd")
+    pq.write_table(table, aside, compression="zstd")
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
-    return len(rows)
+    return table.num_rows
 
 
-def read_table(path: Path, record_type: type[T]) -> list[T]:
-    """Read a table written by `write_table`; raises ValueError when the file has another schema."""
-    table = pq.read_table(path)
+def read_table(path: Path, record_type: type[T], filters: list[tuple[str, str, Any]] | None = None) -> list[T]:
+    """Read a table written by `write_table`, or a folder of them in name order.
+
+    filters: (column, operator, value) that all rows read meet. Raises ValueError when it has another schema.
+    """
+    table = pq.read_table(path, filters=filters)
     expected = SCHEMAS[record_type]
     if not table.schema.equals(expected):
         raise ValueError(f"{path}: not a table of {record_type.__name__} (its columns are {table.schema.names})")

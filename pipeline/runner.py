@@ -121,8 +121,8 @@ class _Driver:
         from ray.exceptions import RayActorError
 
         total_gpus = ray.cluster_resources().get("GPU", 0)
-        # a GPU of its own where the engine leaves one, else trainer and engine share
-        gpus = 1 if total_gpus - self.recipe.engine.gpus >= 1 else 0
+        # a GPU of its own where the engines leave one, else trainer and engine share
+        gpus = 1 if total_gpus - self.recipe.engine.gpus * self.recipe.engine.replicas >= 1 else 0
         actor = ray.remote(StageWorker)
         worker, seconds = None, {}
         for number, item in enumerate(todo, start=1):

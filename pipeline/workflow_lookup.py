@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from pipeline.artifacts import RunDirectory, RunError
 from pipeline.fingerprint import GraphError
@@ -31,18 +33,28 @@ def find_recipe(name: str) -> Path:
 
 def load_stages(recipe: Recipe) -> list[Stage]:
     """The ordered stages of the recipe's workflow, `workflows.NAME.build(recipe)`. Raises RecipeError, GraphError."""
+    module = _load_workflow(recipe)
+    if not hasattr(module, "build"):
+        raise GraphError(f"{module.__name__} has no build(recipe) that returns its stages")
+    return order(module.build(recipe))
+
+
+def load_prices(recipe: Recipe) -> Any:
+    """What the workflow says its work will take, for rich to print: `workflows.NAME.prices(recipe)`; "" for none."""
+    module = _load_workflow(recipe)
+    return module.prices(recipe) if hasattr(module, "prices") else ""
+
+
+def _load_workflow(recipe: Recipe) -> ModuleType:
     module_name = f"workflows.{recipe.workflow}"
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name:
             raise  # the workflow is there; something it imports is not
         package = importlib.import_module("workflows")
         known = [item.name for item in pkgutil.iter_modules(package.__path__)]
         raise RecipeError(f"workflow: no workflow {recipe.workflow!r}{did_you_mean(recipe.workflow, known)}") from None
-    if not hasattr(module, "build"):
-        raise GraphError(f"{module_name} has no build(recipe) that returns its stages")
-    return order(module.build(recipe))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,3 +73,23 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Iterable[dict[str, 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of the assistant's turn, end-of-turn token included."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def encode_samples(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict[str, str]]],
+                   completions: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """`prompt_ids` and `completion_ids` of many samples at once, several times as fast.
+
+    A sample without messages is plain text behind the token that begins texts.
+    """
+    texts = [tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+             if messages else tokenizer.bos_token for messages in conversations]
+    if not texts:
+        return []
+    distinct = list(dict.fromkeys(texts))  # samples of a problem share theirs
+    tokenizer("", add_special_tokens=False)  # turns off any padding and truncation that tokenizer.json asks for
+    # without the places of tokens in the text, which `tokenizer(...)` finds as well
+    encoded = [found.ids for found in tokenizer.backend_tokenizer.encode_batch_fast(
+        [*distinct, *completions], add_special_tokens=False)]
+    prompts = dict(zip(distinct, encoded, strict=False))
+    return [(prompts[text], [*ids, tokenizer.eos_token_id])
+            for text, ids in zip(texts, encoded[len(distinct):], strict=True)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,10 @@ class EngineActor:
         return self.llm.collective_rpc(read)[0]
 
 
+class EngineDied(StageError):
+    """The actor of an engine is gone. What it was asked can be asked of another."""
+
+
 class RolloutEngine:
     """Client of one engine actor. Use `open_engine`, which reuses an actor that fits."""
 
@@ -197,8 +201,21 @@ class RolloutEngine:
         self.actor, self.drafts = actor, drafts
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
-        """Sample one completion per request, in order. A dead engine is a StageError naming the remedy."""
+        """Sample one completion per request, in order. A dead engine is an EngineDied naming the remedy."""
         return self._call("generate", list(requests), sampling)
+
+    def generate_batches(self, batches: Sequence[Sequence[Request]], sampling: Sampling
+                         ) -> Iterator[tuple[int, list[Generation]]]:
+        """(place among the batches, its generations), one batch after another."""
+        for place, batch in enumerate(batches):
+            yield place, self.generate(batch, sampling)
+
+    def wait(self) -> None:
+        """Returns when the engine has started; raises EngineDied when it could not."""
+        self._call("__ray_ready__")
+
+    def kill(self) -> None:
+        ray.kill(self.actor)
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
         return self._call("prompt_logprobs", prompts)
@@ -230,7 +247,7 @@ class RolloutEngine:
         try:
             return ray.get(getattr(self.actor, method).options(name=f"engine:{method}").remote(*args))
         except ray.exceptions.RayActorError as error:
-            raise StageError(f"the rollout engine died during {method} ({error}); often memory: lower "
+            raise EngineDied(f"the rollout engine died during {method} ({error}); often memory: lower "
                              "engine.kv_cache_gib or engine.max_sequences and run the same command to resume") from None
 
 
@@ -255,9 +272,9 @@ def open_engine(folder: Path, config: EngineConfig, *, dtype: str, max_length: i
         engine = RolloutEngine(ray.get_actor(name), config.draft)
         engine.load_folder(folder)
         return engine
-    except ValueError:
+    except (ValueError, EngineDied):
         pass  # no such actor yet, or it has died
-    _stop_others(f"engine-{role}-")
+    stop_engines(f"engine-{role}-")
     actor_class = ray.remote(EngineActor).options(name=name, num_cpus=0, num_gpus=config.gpus, max_restarts=0)
     actor = actor_class.remote(str(folder), config.model_dump(), dtype, max_length, seed)
     _OPEN[name] = actor  # a named actor lives as long as a handle of its owner
@@ -277,12 +294,12 @@ def make_room(folder: Path) -> None:
 
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if TRAINING_COPIES * weights > psutil.virtual_memory().available:
-        _stop_others("engine-")
+        stop_engines("engine-")
 
 
-def _stop_others(prefix: str) -> None:
+def stop_engines(prefix: str) -> None:
     """End this process's engines whose names begin so, before something else takes their memory."""
-    for name in [name for name in _OPEN if name.startswith(prefix)]:
+    for name in [name for name in list(_OPEN) if name.startswith(prefix)]:
         ray.kill(_OPEN.pop(name))
 
 

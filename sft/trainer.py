@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
+from pipeline.parts import parts
 from pipeline.recipe import Precision, TrainConfig
 from pipeline.stage import Progress, StageError
 from policy.adamw import adamw_class
@@ -93,6 +94,11 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels", "position_ids")}
 
 
+def _parts(packs: Path) -> list[Path]:
+    """The files of packs, which are one or a folder."""
+    return parts(packs) if packs.is_dir() else [packs]
+
+
 def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work: Path, seed: int, dtype: str,
               progress: Progress, in_order: bool = False, precision: Precision = "dtype") -> dict[str, float]:
     """Train the policy in `start` on the packs, from the last checkpoint in `work` if there is one.
@@ -103,7 +109,7 @@ def train_sft(config: TrainConfig, *, start: Path, packs: Path, out: Path, work:
     `out/checkpoint`, with `ema_decay` `out/checkpoint-ema`, and `out/curve.jsonl`; returns final metrics. Raises
     StageError when there are no packs, or when the loss stops being finite.
     """
-    if not pq.read_metadata(packs).num_rows:
+    if not sum(pq.read_metadata(part).num_rows for part in _parts(packs)):
         raise StageError(f"{packs}: no packs to train on; no sample was kept")
     train = partial(train_here, config, start=start, packs=packs, out=out, work=work, seed=seed, dtype=dtype,
                     progress=progress, in_order=in_order, precision=precision)
@@ -127,7 +133,7 @@ def train_here(config: TrainConfig, *, start: Path, packs: Path, out: Path, work
     tokenizer = load_tokenizer(start)
     model = apply_precision(load_policy(start, dtype), precision)
     recompute(model, config.recompute)
-    dataset = Dataset.from_parquet(str(packs), cache_dir=str(work / "cache"), columns=[
+    dataset = Dataset.from_parquet([str(part) for part in _parts(packs)], cache_dir=str(work / "cache"), columns=[
         "input_ids", "labels", "position_ids"])
     curve = work / "curve.jsonl"
     packs_per_step = min(config.batch_tokens // config.pack_length, len(dataset))

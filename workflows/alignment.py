@@ -23,7 +23,7 @@ def sft(context: StageContext) -> StageResult:
     start = base_checkpoint(context)
     make_room(start)
     metrics = train_sft(context.config["sft"], start=start,
-                        packs=context.inputs["pack"] / "packs.parquet", out=context.out, work=context.work,
+                        packs=context.inputs["pack"] / "packs", out=context.out, work=context.work,
                         seed=context.seed, dtype=context.config["model"].dtype,
                         precision=context.config["model"].precision, progress=context.progress)
     return StageResult(metrics=metrics, key_metric="loss")
@@ -31,7 +31,7 @@ def sft(context: StageContext) -> StageResult:
 
 def preference(context: StageContext) -> StageResult:
     """Two answers a problem from the SFT model, judged by it in both orders; clear cases become training data."""
-    from distill.generation import Order, generate
+    from distill.generation import Order, samples_of
     from distill.preference import keep_pair, pairs_of
     from distill.prompts import prompt_messages
 
@@ -40,11 +40,10 @@ def preference(context: StageContext) -> StageResult:
                        context.seed)
     problems = [p for p in load_problems(context, "preference") if p.check.kind == "principles"]
     problems = problems[:config.pairs + config.heldout_pairs]
-    samples = generate([Order(p, "original", prompt_messages(p, "original"), 2) for p in problems],
-                       sampler=model.sampler(config.temperature, config.max_tokens), encode=model.encode,
-                       decode=model.decode, checkpoint=model.digest, log_path=context.work / "requests.jsonl",
-                       sampling={"temperature": config.temperature, "max_tokens": config.max_tokens},
-                       shard_prompts=512, seed=context.seed, progress=context.progress)
+    samples = samples_of([Order(p, "original", prompt_messages(p, "original"), 2) for p in problems],
+                         generator=model.generator({"temperature": config.temperature,
+                                                    "max_tokens": config.max_tokens}),
+                         log_path=context.work / "requests.jsonl", seed=context.seed, progress=context.progress)
     pairs, lost = pairs_of(problems, samples)
     judge = model.judge(context.seed, temperature=config.temperature)
     context.progress.start(len(pairs), "pairs")
@@ -127,7 +126,7 @@ def _match_cases(context: StageContext, problems: dict[str, Problem]) -> tuple[l
 
     if not any(problem.check.kind == "match" for problem in problems.values()):
         return [], []
-    samples = read_table(context.inputs["verify"] / "samples.parquet", Sample)
+    samples = read_table(context.inputs["verify"] / "samples", Sample)
     worked = [problem for problem in problems.values() if problem.split == "sft"]
     heldout = {id_ for id_ in problems if int(content_id(id_, "match")[:8], 16) % HELDOUT_SHARE == 0}
     sides = []

@@ -1,6 +1,6 @@
 """DeepSeek-V3's post-training as a graph of stages (arXiv 2412.19437, section 5).
 
-    problems -> base (-> extend) -> per domain: expert-D-sft -> expert-D-rl -> generate-D
+    problems -> base (-> extend) -> per domain: expert-D-sft -> expert-D-rl -> generate-D (or a teacher's endpoint)
       -> verify -> reject -> curate -> pack -> sft
       -> preference -> reward-model            (where principles judge; where a domain is judged at all)
       -> rl -> evaluate -> export
@@ -13,14 +13,18 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe import DomainGenerateConfig, ExpectedConfig, Recipe, RecipeError
 from pipeline.stage import Stage
-from workflows import alignment, context, data, ending, expert
+from workflows import alignment, context, data, ending, expert, generation, sft_set
+from workflows.prices import prices
+
+__all__ = ["build", "prices"]
 
 # What stage functions import inside, by what they do; what those modules import themselves follows from them.
 PACKED = ("policy.tokenizer", "sft.packing")
 TRAINED = ("policy", "sft.trainer")
 SAMPLED = ("workflows.inference", "policy", "rl.engine", "rl.sync", "distill.generation", "distill.prompts")
+GENERATED = ("workflows.generation", *SAMPLED, "rl.engine_pool", "distill.teacher", "rewards")
 REINFORCED = ("policy", "rl", "rewards", "distill.prompts")
 
 
@@ -33,11 +37,18 @@ def build(recipe: Recipe) -> list[Stage]:
                                   f"(got {domain.splits.get(split, 0)})")
     domains = list(recipe.domains)
     judged = [name for name, domain in recipe.domains.items() if domain.judged]
+    principled = [name for name in judged if recipe.domains[name].judged == "principles"]
     feedback = {name: recipe.domains[name].feedback for name in judged}
-    shared = {"model": recipe.model, "engine": recipe.engine}
+    experts = [name for name, domain in recipe.domains.items() if not domain.teacher]
+    teachers = {name: domain.teacher for name, domain in recipe.domains.items() if domain.teacher}
+    # how many work at a time, and at what price, changes no sample: no stage is stale for it
+    replicas = recipe.engine.replicas
+    shared = {"model": recipe.model, "engine": recipe.engine.model_copy(update={"replicas": 1})}
+    sources = {name: domain.model_copy(update={"teacher": None, "generate": DomainGenerateConfig()})
+               for name, domain in recipe.domains.items()}
     verified = {**shared, "isolation": recipe.isolation}
     stages = [
-        Stage("problems", data.problems, {"domains": recipe.domains},
+        Stage("problems", data.problems, {"domains": sources},
               modules=("workflows.data", "distill.sources", "distill.splits"),
               files=_local_paths(*(domain.source for domain in recipe.domains.values())),
               title="Load or generate problems and split them"),
@@ -58,8 +69,8 @@ def build(recipe: Recipe) -> list[Stage]:
                   files=(recipe.extend.documents,) if recipe.extend.documents else (),
                   title="Extend the context by YaRN and training on long rows"),
         ]
-    for name in domains:
-        sft, rl, generate = f"expert-{name}-sft", f"expert-{name}-rl", f"generate-{name}"
+    for name in experts:
+        sft, rl = f"expert-{name}-sft", f"expert-{name}-rl"
         stages += [
             Stage(sft, partial(expert.expert_sft, domain=name),
                   {"model": recipe.model, "sft": recipe.expert.sft, "plain_thinking": recipe.expert.plain_thinking},
@@ -69,30 +80,35 @@ def build(recipe: Recipe) -> list[Stage]:
             Stage(rl, partial(expert.expert_rl, domain=name), {**verified, "rl": recipe.expert.rl}, ("problems", sft),
                   modules=("workflows.expert", *REINFORCED),
                   title=f"GRPO of the {name} expert with the reflective prompt"),
-            Stage(generate, partial(data.generate, domain=name), {**shared, "generate": recipe.generate},
-                  ("problems", rl), modules=("workflows.data", *SAMPLED),
-                  title=f"Both sample forms from the {name} expert"),
+            _generate(recipe, name, verified, ("problems", rl), f"Samples of the {name} expert"),
         ]
+    stages += [_generate(recipe, name, {"model": recipe.model, "isolation": recipe.isolation, "teacher": teacher.model},
+                         ("problems",), f"Samples of {teacher.model} for {name}")
+               for name, teacher in teachers.items()]
     generated = tuple(f"generate-{name}" for name in domains)
-    judges = tuple(f"expert-{name}-rl" for name in judged)
+    judges = tuple(f"expert-{name}-rl" for name in judged if name in experts)
     stages += [
-        Stage("verify", data.verify, {**verified, "judged": judged}, ("problems", *generated, *judges),
-              modules=("workflows.data", *SAMPLED, "rewards"), title="A verdict for every sample"),
-        Stage("reject", data.reject, {"reject": recipe.reject}, ("problems", "verify"),
-              modules=("workflows.data", "distill.rejection", "distill.review"),
+        Stage("verify", partial(generation.verify, replicas=replicas, teachers=teachers),
+              {**verified, "judged": judged, "teachers": {name: teachers[name].model for name in judged
+                                                          if name in teachers}},
+              ("problems", *generated, *judges), modules=GENERATED, title="A verdict for every sample"),
+        Stage("reject", sft_set.reject, {"reject": recipe.reject, "judged": judged, "principled": principled},
+              ("verify",), modules=("workflows.sft_set",),
               files=(recipe.reject.reviews,) if recipe.reject.reviews else (),
               title="Keep correct, well-formed, concise samples"),
-        Stage("curate", data.curate, {"curate": recipe.curate}, ("problems", "reject"),
-              modules=("workflows.data", "distill.curation"), title="Deduplicate, decontaminate, mix to quotas"),
-        Stage("pack", data.pack, {"pack_length": recipe.sft.pack_length}, ("problems", base, "curate"),
-              modules=("workflows.data", *PACKED, "distill.judging"),
+        Stage("curate", sft_set.curate,
+              {"curate": recipe.curate, "licenses": {name: domain.license for name, domain in recipe.domains.items()}},
+              ("problems", "reject"), modules=("workflows.sft_set",), files=recipe.curate.evaluation_files,
+              title="Decontaminate, deduplicate, mix to quotas"),
+        Stage("pack", sft_set.pack, {"pack_length": recipe.sft.pack_length, "judged": judged},
+              ("problems", base, "curate"), modules=("workflows.sft_set", *PACKED, "distill.judging"),
               title="Tokens with loss masks, packed"),
         Stage("sft", alignment.sft, {"model": recipe.model, "sft": recipe.sft}, (base, "pack"),
               modules=("workflows.alignment", *TRAINED), title="Supervised training of the policy"),
     ]
     rewarded: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
-    if any(recipe.domains[name].judged == "principles" for name in judged):
+    if principled:
         pairs = ("preference",)
         stages += [
             Stage("preference", alignment.preference, {**shared, "preference": recipe.preference},
@@ -108,7 +124,6 @@ def build(recipe: Recipe) -> list[Stage]:
                            "distill.matching", "evaluation.calibration"),
                   title="Train and calibrate the generative reward model"),
         ]
-    experts = tuple(f"expert-{name}-rl" for name in domains)
     return [
         *stages,
         Stage("rl", alignment.rl, {**verified, "rl": recipe.rl, "reward_model": recipe.reward_model,
@@ -116,12 +131,20 @@ def build(recipe: Recipe) -> list[Stage]:
               ("problems", "sft", *rewarded), modules=("workflows.alignment", *REINFORCED),
               title="GRPO on all domains"),
         Stage("evaluate", ending.evaluate, {**verified, "evaluation": recipe.evaluation, "domains": domains},
-              ("problems", base, *experts, "sft", *rewarded, "rl"),
+              ("problems", base, *(f"expert-{name}-rl" for name in experts), "sft", *rewarded, "rl"),
               modules=("workflows.ending", *SAMPLED, "evaluation", "rewards", "distill.problems"),
               title="Held-out accuracy of every model"),
         Stage("export", ending.export, {"name": recipe.name}, ("rl", "evaluate"), modules=("workflows.ending",),
               title="The final checkpoint and its card"),
     ]
+
+
+def _generate(recipe: Recipe, domain: str, config: dict, inputs: tuple[str, ...], title: str) -> Stage:
+    wanted = recipe.generation(domain).model_copy(update={"expected": ExpectedConfig()})
+    return Stage(f"generate-{domain}",
+                 partial(generation.generate, domain=domain, replicas=recipe.engine.replicas,
+                         teacher=recipe.domains[domain].teacher),
+                 {**config, "generate": wanted}, inputs, modules=GENERATED, title=title)
 
 
 def _local_paths(*sources) -> tuple[str, ...]:

@@ -31,7 +31,8 @@ def evaluate(context: StageContext) -> StageResult:
     problems = {name: rows[:config.judged_problems if name in judged else config.problems]
                 for name, rows in problems.items() if rows}
     models = {"base": ("extend" if "extend" in context.inputs else "base", list(problems), "original"),
-              **{f"expert-{name}": (f"expert-{name}-rl", [name], "reasoning") for name in problems},
+              **{f"expert-{name}": (f"expert-{name}-rl", [name], "reasoning") for name in problems
+                 if f"expert-{name}-rl" in context.inputs},
               "sft": ("sft", list(problems), "original"), "rl": ("rl", list(problems), "original")}
     answers: dict[str, dict[str, list[Sample]]] = {label: {} for label in models}
     result: dict[str, dict[str, dict]] = {label: {} for label in models}
@@ -99,15 +100,14 @@ def evaluate(context: StageContext) -> StageResult:
 
 def _answers(context: StageContext, model, problems, form: str, samples: int, temperature: float,
              label: str) -> list[Sample]:
-    from distill.generation import Order, generate
+    from distill.generation import Order, samples_of
     from distill.prompts import prompt_messages
 
     config, reflective = context.config["evaluation"], context.config["model"].reflective_prompt
-    rows = generate([Order(problem, form, prompt_messages(problem, form, reflective), samples) for problem in problems],
-                    sampler=model.sampler(temperature, config.max_tokens), encode=model.encode, decode=model.decode,
-                    sampling={"temperature": temperature, "max_tokens": config.max_tokens}, checkpoint=model.digest,
-                    log_path=context.work / "requests.jsonl", shard_prompts=512, seed=context.seed,
-                    progress=context.progress)
+    orders = [Order(problem, form, prompt_messages(problem, form, reflective), samples) for problem in problems]
+    sampling = {"temperature": temperature, "max_tokens": config.max_tokens}
+    rows = samples_of(orders, generator=model.generator(sampling), log_path=context.work / "requests.jsonl",
+                      seed=context.seed, progress=context.progress)
     provenance = json.dumps({"model": label, "mode": "greedy" if temperature == 0 else "sampled"})
     return [dataclasses.replace(row, provenance=provenance) for row in rows]
 

@@ -1,15 +1,15 @@
-"""Log-probabilities of given tokens and the entropy, straight from hidden states, without [tokens, vocab] logits.
+"""Log-probabilities of given tokens and the entropy, straight from hidden states, without autograd's copies of logits.
 
 Everything from the logits on is FP32, whatever the model's dtype: logits rounded to BF16 move log-probs by 1e-2.
 Logits exist for a chunk of tokens at a time and are computed again in the backward pass, so memory does not grow with
-tokens x vocabulary. TRL's head (`trl.trainer.utils.add_fused_lm_head`) rounds logits to the model's dtype, and on a CPU
-it scores ignored positions too, in tiles of 4096 tokens that leave the cache.
+tokens x vocabulary; on a CPU the backward pass takes over those of a few MiB. TRL's head
+(`trl.trainer.utils.add_fused_lm_head`) rounds logits to the model's dtype, and on a CPU it scores ignored positions
+too, in tiles of 4096 tokens that leave the cache.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 import types
 
 import torch
@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from policy.kernels import runs_triton
+from policy.kernels import cpu_logprob, runs_triton
 
-CPU_CHUNK, GPU_CHUNK = 256, 4096  # tokens whose logits exist at a time
+GPU_CHUNK = 4096  # tokens whose gradients of logits exist at a time
 IGNORE = -100
 # config keys of models whose logits are more than the head's product
 CHANGE_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -33,91 +33,51 @@ def linear_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.T
     [tokens] and bool [tokens]. Gradients flow through the first two: those of logits are computed in FP32 and rounded
     to the model's dtype for the last two products, that of `weight` is summed over chunks in FP32.
     """
-    return _LinearLogprobs.apply(hidden, weight, targets, temperature)
+    return _LinearLogprobs.apply(hidden, weight, targets, temperature, torch.is_grad_enabled())
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, trains):
         ctx.set_materialize_grads(False)  # entropy is mostly logged only
-        logprobs, normalizers, entropies, is_mode = _implementation(hidden).statistics(
-            hidden, weight, targets, temperature)
+        ctx.temperature, ctx.kept = temperature, None
+        if runs_triton(hidden):
+            from policy.kernels import triton_logprob
+
+            found = triton_logprob.statistics(hidden, weight, targets, temperature)
+        else:
+            ctx.kept = cpu_logprob.room_to_keep(hidden, weight) if trains else None
+            found = cpu_logprob.statistics(hidden, weight, targets, temperature, ctx.kept)
+        logprobs, normalizers, entropies, is_mode = found
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
-        ctx.temperature = temperature
         ctx.mark_non_differentiable(is_mode)
         return logprobs, entropies, is_mode
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies, _grad_is_mode):
-        hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
-        logit_gradient, grad_hidden = _implementation(hidden).logit_gradient, torch.empty_like(hidden)
-        head = weight if runs_triton(hidden) else weight.float()  # once, not for every chunk
+        hidden, weight, *_ = ctx.saved_tensors
+        known = (*ctx.saved_tensors, grad_logprobs, grad_entropies, ctx.temperature)
+        # used up by gradients in their place: a second pass through a retained graph computes logits again
+        kept, ctx.kept = ctx.kept, None
+        gradients = _triton_gradients(*known) if runs_triton(hidden) else cpu_logprob.logit_gradients(*known, kept)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden):
-            upstream = (None if grad is None else grad[rows] for grad in (grad_logprobs, grad_entropies))
-            grad = logit_gradient(hidden[rows], head, targets[rows], normalizers[rows], entropies[rows], *upstream,
-                                  ctx.temperature)
+        for rows, grad in gradients:
             grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.t() @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _implementation(hidden: torch.Tensor) -> types.ModuleType:
-    """Where `statistics` and `logit_gradient` come from."""
-    if runs_triton(hidden):
-        from policy.kernels import triton_logprob
+def _triton_gradients(hidden, weight, *each_token_and_temperature):
+    """What `cpu_logprob.logit_gradients` yields."""
+    from policy.kernels import triton_logprob
 
-        return triton_logprob
-    return sys.modules[__name__]
-
-
-def statistics(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs of `targets`, logsumexps and entropies, FP32 [tokens], and whether each target is the mode."""
-    head = weight.float().t()
-    logprobs, normalizers, entropies = hidden.new_empty((3, len(hidden)), dtype=torch.float32).unbind()
-    is_mode = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    # room for a chunk, taken once: fresh memory for each would cost more than the arithmetic on it
-    buffers = hidden.new_empty((2, min(len(hidden), CPU_CHUNK), len(weight)), dtype=torch.float32)
-    for rows in _chunks(hidden):
-        logits, powers = buffers[:, :rows.stop - rows.start]
-        torch.mm(hidden[rows].float(), head, out=logits).div_(temperature)
-        top = logits.amax(-1, keepdim=True)
-        chosen = logits.gather(1, targets[rows, None])
-        is_mode[rows] = (chosen == top)[:, 0]
-        torch.exp(logits.sub_(top), out=powers)
-        total = powers.sum(-1, keepdim=True)
-        log_total = total.log()
-        entropies[rows] = (log_total - powers.mul_(logits).sum(-1, keepdim=True) / total)[:, 0]
-        normalizers[rows] = (top + log_total)[:, 0]
-        logprobs[rows] = (chosen - top - log_total)[:, 0]
-    return logprobs, normalizers, entropies, is_mode
-
-
-def logit_gradient(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, normalizers: torch.Tensor,
-                   entropies: torch.Tensor, d_logprobs: torch.Tensor | None, d_entropies: torch.Tensor | None,
-                   temperature: float) -> torch.Tensor:
-    """The gradient [tokens, vocab] of hidden @ weight.T, computed in FP32 and returned in hidden's dtype.
-
-    `normalizers` and `entropies` are those of `statistics`; a gradient from above that is None counts as zeros.
-    """
-    grad = (hidden.float() @ weight.float().t()).div_(temperature).sub_(normalizers[:, None])
-    if d_entropies is None:
-        # d logprob(target) / d logit = 1[target] - p
-        grad.exp_().mul_(-d_logprobs[:, None])
-    else:
-        # d entropy / d logit = -p (log p + entropy)
-        slope = (grad + entropies[:, None]).mul_(-d_entropies[:, None])
-        grad.exp_().mul_(slope if d_logprobs is None else slope.sub_(d_logprobs[:, None]))
-    if d_logprobs is not None:
-        grad.scatter_add_(1, targets[:, None], d_logprobs[:, None])
-    return grad.div_(temperature).to(hidden.dtype)
-
-
-def _chunks(hidden: torch.Tensor) -> list[slice]:
-    size = GPU_CHUNK if hidden.is_cuda else CPU_CHUNK
-    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    *each_token, temperature = each_token_and_temperature
+    for start in range(0, len(hidden), GPU_CHUNK):
+        rows = slice(start, min(start + GPU_CHUNK, len(hidden)))
+        upstream = (None if value is None else value[rows] for value in each_token)
+        yield rows, triton_logprob.logit_gradient(hidden[rows], weight, *upstream, temperature)
 
 
 def add_logprob_head(model: PreTrainedModel, temperature: float = 1.0) -> None:

@@ -1,15 +1,19 @@
 import dataclasses
 from collections import Counter
 
+import datasets
+import numpy as np
+import polars as pl
 import pytest
+from sft_set_stages import curate, prepare_curate
 
-from distill.curation import curate
 from distill.problems import GENERATORS
 from distill.prompts import prompt_messages, worked_completion
-from distill.shingles import Shingler, jaccard
+from distill.shingles import Words, bands, level, shorten, signatures, similarity
 from pipeline.recipe import CurateConfig
 from pipeline.records import Check, Problem, Sample, content_id
 from pipeline.stage import StageError
+from workflows import sft_set
 
 
 def pool(name, count):
@@ -69,9 +73,9 @@ def test_plainly_asked_samples_think_at_most_in_the_share_that_is_given():
 def test_the_mix_depends_on_the_seed_and_not_on_the_order_of_samples():
     problems = pool("math", 60)
     samples, config = both_forms(problems), CurateConfig(total=30)
-    once = curate(samples, problems, config, seed=0)[0]
-    assert once == curate(samples[::-1], problems, config, seed=0)[0]
-    assert once != curate(samples, problems, config, seed=1)[0]
+    drawn = [{s.id for s in curate(rows, problems, config, seed)[0]}
+             for rows, seed in ((samples, 0), (samples[::-1], 0), (samples, 1))]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_exact_duplicates_up_to_case_and_space_are_dropped():
@@ -120,14 +124,72 @@ def test_a_domain_with_a_quota_and_no_samples_stops_with_the_funnel():
         curate([sample(p) for p in problems], problems, config, seed=0)
 
 
-def test_ngrams_are_those_of_the_words_and_bands_are_shared_by_near_equal_sets():
-    shingler = Shingler()
-    one = shingler.ngrams("The cat sat. On the mat!", 3)
-    assert len(one) == 4
-    assert (one == Shingler().ngrams("the  CAT sat on the mat", 3)).all()
-    assert len(shingler.ngrams("two words", 3)) == 0
-    assert jaccard(one, shingler.ngrams("the cat sat on the hat", 3)) == 3 / 5
-    text = [f"w{i}" for i in range(300)]
-    near, far = [*text[:-2], "x", "y"], [f"v{i}" for i in range(300)]
-    bands = [set(shingler.bands(shingler.ngrams(" ".join(words), 5))) for words in (text, near, far)]
-    assert bands[0] & bands[1] and not bands[0] & bands[2]
+def test_solutions_must_not_repeat_those_of_the_evaluation_set_or_texts_of_its_files(tmp_path):
+    chain = "the first train needs four hours and the second one leaves at noon so they meet near the old mill"
+    held = dataclasses.replace(asked("When do they meet?", "heldout"), solution=chain)
+    file = tmp_path / "bench.jsonl"
+    file.write_text('{"question": "Is it late?", "n": 3}\n')
+    clean, copied, known = (asked(text) for text in ("Where do rivers end?", "Why?", "is it late?"))
+    samples = [sample(clean, completion="In the sea."), sample(copied, completion=f"Since {chain}."), sample(known)]
+    config = CurateConfig(total=10, evaluation_files=(str(file),))
+    kept, dropped, _ = curate(samples, [held, clean, copied, known], config, seed=0)
+    assert [s.problem_id for s in kept] == [clean.id]
+    assert dict((s.problem_id, reason) for s, reason in dropped) == {copied.id: "heldout_overlap",
+                                                                     known.id: "heldout_prompt"}
+    file.write_text("{not json\n")
+    with pytest.raises(StageError, match="bench.jsonl, line 1: not JSON"):
+        curate(samples, [held], config, seed=0)
+
+
+def test_broken_encodings_are_dropped():
+    p = asked("How far is it?")
+    kept, dropped, _ = curate([sample(p, completion="Ten\ufffd miles."), sample(p)], [p], CurateConfig(total=9), seed=0)
+    assert len(kept) == 1 and [reason for _, reason in dropped] == ["garbled"]
+
+
+def test_the_set_opens_with_datasets_and_its_splits_share_no_problem(tmp_path):
+    problems = pool("math", 300)
+    stage = prepare_curate(tmp_path, both_forms(problems), problems, CurateConfig(total=500, validation_share=0.1),
+                           per_part=150)
+    counts = sft_set.curate(stage).counts
+    loaded = datasets.load_dataset(str(stage.out / "dataset"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {split: counts[split] for split in loaded}
+    assert counts["train"] + counts["validation"] == counts["out"] == 500 and 20 < counts["validation"] < 90
+    assert not set(loaded["train"]["problem_id"]) & set(loaded["validation"]["problem_id"])
+    card = (stage.out / "dataset/README.md").read_text()
+    assert "| math | 500 | 500 | 250 |" in card and "generated:math" in card and "license: unknown" in card
+
+
+def test_parts_of_any_size_give_the_same_set():
+    problems = pool("math", 80)
+    samples, config = both_forms(problems), CurateConfig(total=100)
+    whole, split = curate(samples, problems, config, seed=3), curate(samples, problems, config, seed=3, per_part=7)
+    assert whole[0] == split[0] and whole[2] == split[2]
+
+
+def test_ngrams_are_those_of_the_words_and_never_reach_into_the_next_text():
+    texts = pl.Series(["The cat sat. On the mat!", "the  CAT sat on the mat", "two words", "", "\u6570\u5b66\u9898 x"])
+    words = Words.of(level(texts))
+    assert np.diff(words.starts).tolist() == [6, 6, 2, 0, 4]
+    grams = words.ngrams(3)
+    assert np.diff(grams.starts).tolist() == [4, 4, 0, 0, 2]
+    assert (grams.hashes[:4] == grams.hashes[4:8]).all() and len(set(grams.hashes.tolist())) == 6
+    assert grams.texts_of(np.arange(10)).tolist() == [0] * 4 + [1] * 4 + [4] * 2
+
+
+def test_near_equal_texts_share_a_band_and_signatures_estimate_their_similarity():
+    rng = np.random.default_rng(0)
+    base = [[f"w{i}" for i in rng.integers(0, 10**6, 300)] for _ in range(40)]
+    near = [[*words[:-6], *(f"x{i}" for i in rng.integers(0, 10**6, 6))] for words in base]
+    sides = [Words.of(pl.Series([" ".join(words) for words in side])).ngrams(5) for side in (base, near)]
+    signed = [signatures(side) for side in sides]
+    sets = [[set(side.hashes[a:b].tolist()) for a, b in zip(side.starts, side.starts[1:], strict=False)]
+            for side in sides]
+    exact = [len(a & b) / len(a | b) for a, b in zip(*sets, strict=True)]
+    found = similarity(*(shorten(one) for one in signed))
+    assert abs(found - exact).max() < 0.08 and abs((found - exact).mean()) < 0.01
+    group = np.zeros(40, dtype=np.uint64)
+    keys = [bands(one, group) for one in signed]
+    assert (keys[0] == keys[1]).any(axis=1).all()
+    assert not (keys[0] == bands(signed[1], group + np.uint64(1))).any()
+    assert not any(set(keys[0][i].tolist()) & set(keys[0][i + 1].tolist()) for i in range(39))

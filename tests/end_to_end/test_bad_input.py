@@ -102,8 +102,9 @@ def test_a_domain_that_rejection_empties_stops_the_stage_with_the_funnel(tmp_pat
                       problem.answer, "digest", "{}", "stop", 9, right if problem.domain == "math" else wrong)
                for n, problem in enumerate(problems)]
     for name, records, kind in (("problems", problems, Problem), ("samples", samples, Sample)):
-        (tmp_path / name).mkdir()
-        write_table(tmp_path / name / f"{name}.parquet", records, kind)
+        (tmp_path / name / "samples").mkdir(parents=True)
+        write_table(tmp_path / name / ("problems.parquet" if kind is Problem else "samples/part-00000.parquet"),
+                    records, kind)
     reject = Recipe.model_validate(own_recipe("rows.jsonl", "model")).reject
     with pytest.raises(StageError) as stopped:
         data.reject(context(tmp_path, {"reject": reject}, problems=tmp_path / "problems", verify=tmp_path / "samples"))

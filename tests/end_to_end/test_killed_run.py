@@ -20,7 +20,6 @@ from pipeline.recipe_file import load_recipe
 from pipeline.records import Rollout, Sample, read_table
 from pipeline.workflow_lookup import find_recipe
 from policy.model import read_checkpoint
-from policy.tokenizer import load_tokenizer
 
 RECIPE = load_recipe(find_recipe("smoke"))
 SFT, GRPO, GENERATE = "expert-math-sft", "expert-math-rl", "generate-math"
@@ -29,6 +28,13 @@ COMMAND = ("run", "smoke", "--run-dir", "run", "--until", GENERATE, "expert.sft.
            f"generate.shard_prompts={SHARD}")
 # counts since the start of the process, and seconds
 OF_THE_PROCESS = {"num_tokens", "step_time"}
+
+
+Answer = tuple[str, str, int]
+
+
+def answer(sample: Sample) -> Answer:
+    return sample.completion, sample.finish_reason, sample.tokens
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Killed:
     sft_step: int = 0
     grpo_rollouts: list[Rollout] = field(default_factory=list)
     grpo_step: int = 0
-    log: list[dict] = field(default_factory=list)
+    answered_before: list[Answer] = field(default_factory=list)
     done: Done | None = None
 
     @property
@@ -59,11 +65,19 @@ class Killed:
         found = self.work(stage).glob("checkpoint-*/complete") if self.work(stage) else ()
         return max((int(path.parent.name.removeprefix("checkpoint-")) for path in found), default=0)
 
-    def logged(self) -> list[dict]:
-        """The whole lines of the request log; the last may be half written."""
-        path = self.work(GENERATE) / "requests.jsonl" if self.work(GENERATE) else None
-        lines = path.read_text().splitlines(keepends=True) if path and path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    def answered(self) -> list[Answer]:
+        """Text, finish reason and tokens of what is finished: in parts, and in the whole lines of request logs."""
+        found: list[Answer] = []
+        if folder := self.work(GENERATE):
+            done = {path.stem for path in folder.glob("parts/part-*.json")}
+            for name in sorted(done):
+                found += map(answer, read_table(folder / "samples" / f"{name}.parquet", Sample))
+            for path in folder.glob("requests/part-*.jsonl"):
+                lines = path.read_text().splitlines(keepends=True) if path.stem not in done else []
+                records = [json.loads(line)["record"] for line in lines if line.endswith("\n")]
+                found += [(record["text"], record["finish_reason"], record["tokens"]) for record in records
+                          if "text" in record]
+        return found
 
     def kill(self, due) -> None:
         output = self.folder / f"output-{len(self.outputs)}"
@@ -97,8 +111,8 @@ def killed(smoke_run, tmp_path_factory) -> Killed:
     killed.grpo_step = killed.saved_step(GRPO)
     killed.grpo_rollouts = read_table(killed.work(GRPO) / "rollouts" / "000000.parquet", Rollout)
 
-    killed.kill(lambda: len(killed.logged()) >= SHARD)
-    killed.log = killed.logged()
+    killed.kill(lambda: len(killed.answered()) >= SHARD)
+    killed.answered_before = killed.answered()
 
     killed.done = posttrain(*COMMAND, folder=killed.folder)
     assert killed.done.code == 0, killed.done.both[-6000:]
@@ -165,24 +179,28 @@ def test_rollouts_before_the_checkpoint_are_kept_and_those_after_it_are_made_onc
     assert [(r.id, r.completion_ids, r.reward) for r in mine] == [(r.id, r.completion_ids, r.reward) for r in unbroken]
 
 
-def test_generation_uses_what_is_in_the_log_and_makes_the_rest_once(killed, smoke_run):
-    rows = read_table(artifact(killed.run_dir, GENERATE) / "samples.parquet", Sample)
-    asked = 2 * RECIPE.generate.problems * RECIPE.generate.samples
-    assert SHARD <= len(killed.log) < asked
-    assert f"[{GENERATE}] {asked} samples asked, {len(killed.log)} in the log, {asked - len(killed.log)} left" \
-        in killed.done.out
-    tokenizer = load_tokenizer(artifact(killed.run_dir, GRPO) / "checkpoint")
-    logged = [(tokenizer.decode(entry["record"]["token_ids"], skip_special_tokens=True),
-               entry["record"]["finish_reason"], len(entry["record"]["token_ids"])) for entry in killed.log]
-    assert [(row.completion, row.finish_reason, row.tokens) for row in rows[:len(logged)]] == logged
-
-    def keys(rows):
-        return Counter((row.problem_id, row.form, json.loads(row.sampling)["index"]) for row in rows)
-
-    unbroken = read_table(artifact(smoke_run.run_dir, GENERATE) / "samples.parquet", Sample)
-    assert keys(rows) == keys(unbroken)
-    assert set(keys(rows).values()) == {1} and len(rows) == asked
+def test_generation_uses_what_was_finished_and_makes_the_rest_once(killed, smoke_run):
+    rows = read_table(artifact(killed.run_dir, GENERATE) / "samples", Sample)
+    before = Counter(killed.answered_before)
+    assert SHARD <= before.total() < len(rows)
+    assert f"[{GENERATE}] {before.total()} samples were made before" in killed.done.out
+    assert before <= Counter(map(answer, rows))
     assert {row.checkpoint for row in rows} == {digest(smoke_run, GRPO)}
+
+
+def test_every_problem_has_its_samples_once_and_more_of_them_where_the_first_were_wrong(killed, smoke_run):
+    config = RECIPE.generation("math")
+    for run in (killed, smoke_run):
+        rows = read_table(artifact(run.run_dir, GENERATE) / "samples", Sample)
+        orders: dict[tuple[str, str], list[Sample]] = {}
+        for row in rows:
+            orders.setdefault((row.problem_id, row.form), []).append(row)
+        assert len({problem for problem, _ in orders}) == config.problems and len(orders) == 2 * config.problems
+        for own in orders.values():
+            assert [json.loads(row.sampling)["index"] for row in own] == list(range(len(own)))
+            right = [row.verdict.status == "correct" and row.finish_reason == "stop" for row in own]
+            assert len(own) == (config.samples if any(right[:config.samples]) else config.cap)
+        assert len({len(own) for own in orders.values()}) == 2, "no problem was easy, or none was hard"
 
 
 def test_a_kill_leaves_no_process(killed):

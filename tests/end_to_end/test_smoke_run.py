@@ -29,8 +29,18 @@ def manifest(run, stage):
     return json.loads((artifact(run.run_dir, stage) / "manifest.json").read_text())
 
 
-def samples(run, stage, name="samples.parquet"):
-    return read_table(artifact(run.run_dir, stage) / name, Sample)
+def samples(run, stage):
+    return read_table(artifact(run.run_dir, stage) / "samples", Sample)
+
+
+def curated_samples(run, splits=("train", "validation")):
+    return [sample for split in splits
+            for sample in read_table(artifact(run.run_dir, "curate") / "dataset" / split, Sample)]
+
+
+def lost(run, stage, name):
+    """{id: reason}"""
+    return {row["id"]: row["reason"] for row in pq.read_table(artifact(run.run_dir, stage) / name).to_pylist()}
 
 
 def ids(rows):
@@ -180,23 +190,29 @@ def test_every_sample_is_accounted_for(smoke_run):
     generated = sum((ids(samples(smoke_run, f"generate-{name}")) for name in DOMAINS), Counter())
     verified = samples(smoke_run, "verify")
     assert ids(verified) == generated and all(sample.verdict is not None for sample in verified)
-    kept, rejected = samples(smoke_run, "reject"), samples(smoke_run, "reject", "rejected.parquet")
-    assert ids(kept) + ids(rejected) == generated
-    curated, dropped = samples(smoke_run, "curate"), samples(smoke_run, "curate", "dropped.parquet")
-    assert ids(curated) + ids(dropped) == ids(kept)
-    assert all("reason" in json.loads(sample.provenance) for sample in rejected + dropped)
-    packs = pq.read_table(artifact(smoke_run.run_dir, "pack") / "packs.parquet").to_pylist()
+    solved = {sample.problem_id for sample in verified if sample.verdict.status == "correct"}
+    unsolved = pq.read_table(artifact(smoke_run.run_dir, "verify") / "unsolved.parquet").to_pylist()
+    assert {row["problem_id"]: row["attempts"] for row in unsolved} == Counter(
+        sample.problem_id for sample in verified if sample.problem_id not in solved)
+    assert manifest(smoke_run, "verify")["counts"]["unsolved"] == len(unsolved)
+    kept, rejected = samples(smoke_run, "reject"), lost(smoke_run, "reject", "rejected")
+    assert ids(kept) + Counter(list(rejected)) == generated
+    curated, dropped = curated_samples(smoke_run), lost(smoke_run, "curate", "dropped")
+    assert ids(curated) + Counter(list(dropped)) == ids(kept)
+    assert all((rejected | dropped).values())
+    trained = curated_samples(smoke_run, ["train"])
+    packs = pq.read_table(artifact(smoke_run.run_dir, "pack") / "packs").to_pylist()
     packed = Counter(name for row in packs for name in row["sample_ids"])
     assert max(packed.values()) == 1
     assert sum(packed.values()) + manifest(smoke_run, "pack")["counts"]["too_long"] == (
-        len(curated) + manifest(smoke_run, "pack")["counts"]["judge_demonstrations"])
-    assert len(set(ids(curated)) - set(packed)) <= manifest(smoke_run, "pack")["counts"]["too_long"]
+        len(trained) + manifest(smoke_run, "pack")["counts"]["judge_demonstrations"])
+    assert len(set(ids(trained)) - set(packed)) <= manifest(smoke_run, "pack")["counts"]["too_long"]
 
 
 def test_every_curated_sample_comes_from_a_known_problem_and_the_weights_of_its_expert(smoke_run):
     problems = {problem.id: problem
                 for problem in read_table(artifact(smoke_run.run_dir, "problems") / "problems.parquet", Problem)}
-    curated = samples(smoke_run, "curate")
+    curated = curated_samples(smoke_run)
     assert {sample.domain for sample in curated} == DOMAINS
     for domain in DOMAINS:
         folder = artifact(smoke_run.run_dir, f"expert-{domain}-rl") / "checkpoint"
@@ -207,7 +223,7 @@ def test_every_curated_sample_comes_from_a_known_problem_and_the_weights_of_its_
 
 
 def test_a_curated_sample_of_a_checkable_domain_is_correct(smoke_run):
-    checked = [sample for sample in samples(smoke_run, "curate") if sample.domain not in JUDGED]
+    checked = [sample for sample in curated_samples(smoke_run) if sample.domain not in JUDGED]
     assert {sample.verdict.status for sample in checked} == {"correct"}
 
 

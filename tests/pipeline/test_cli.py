@@ -35,6 +35,18 @@ def test_a_dry_run_shows_what_would_run_and_writes_nothing(posttrain, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_prices_the_generation_of_a_workflow_that_generates(posttrain):
+    seen = posttrain("run", "deepseek-v3", "--dry-run")
+    assert seen.code == 0
+    assert "26 of 26 stages would run" in seen.out
+    rows = {line.split()[0]: line.split() for line in seen.out.splitlines() if line.strip()}
+    assert rows["generation,"][2:] == ["answered", "by", "prompts", "samples:", "first", "expected", "most", "prompt",
+                                       "tokens", "tokens", "written", "by", "a", "judge", "engine", "hours", "USD",
+                                       "kept", "wanted"]
+    assert rows["math"][1:6] == ["expert-math", "300k", "1.2M", "1.71M", "4.8M"] and rows["math"][-1] == "240k"
+    assert rows["all"][-1] == "1.5M" and "GPU hours); with engine.replicas 4" in seen.out
+
+
 def test_a_dry_run_with_an_override_names_the_key(posttrain, finished):
     seen = posttrain("run", "toy.yaml", "--run-dir", "run", "--dry-run", "rl.group_size=8")
     assert "2 of 3 stages would run" in seen.out

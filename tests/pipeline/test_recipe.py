@@ -4,6 +4,7 @@ import pytest
 import toy_workflow
 import yaml
 
+from pipeline.fingerprint import fingerprint, stage_parts
 from pipeline.graph import order
 from pipeline.recipe import RecipeError
 from pipeline.recipe_file import dump_recipe, load_recipe
@@ -38,6 +39,48 @@ def test_a_local_path_is_absolute_wherever_the_recipe_is_read(write, tmp_path, m
     for given, kept in (("~/models/x", "/home/someone/models/x"), ("models/x", f"{tmp_path}/models/x")):
         recipe = load_recipe(write(), [f"model.source={{type: pretrained, id: x/y, path: {given}}}"])
         assert recipe.model.source.path == kept
+
+
+def test_an_override_changes_one_of_the_sections_that_an_anchor_wrote():
+    recipe = load_recipe(RECIPES / "deepseek-v3.yaml", ["domains.writing.teacher.model=other"])
+    assert [recipe.domains[name].teacher.model == "other" for name in ("writing", "role-play")] == [True, False]
+
+
+def test_a_domain_generates_as_the_recipe_says_but_for_what_it_says_itself(write):
+    recipe = load_recipe(write(), ["generate.samples=3", "generate.most_samples=9", "generate.wanted=2",
+                                   "domains.math.generate={temperature: 0.4, most_samples: 6}"])
+    found = recipe.generation("math")
+    assert (found.samples, found.cap, found.wanted, found.temperature) == (3, 6, 2, 0.4)
+    assert load_recipe(write(), ["generate.samples=3"]).generation("math").cap == 3
+
+
+def test_a_judged_domain_has_one_round():
+    recipe = load_recipe(RECIPES / "smoke.yaml", ["domains.code.generate={}",
+                                                  "generate={samples: 2, most_samples: 8, wanted: 4, max_tokens: 9}"])
+    assert [recipe.generation(name).cap for name in ("math", "writing")] == [8, 2]
+
+
+def test_what_only_changes_the_speed_or_price_of_generation_makes_no_stage_stale():
+    def fingerprints(*overrides):
+        found = {}
+        for stage in order(build(load_recipe(RECIPES / "deepseek-v3.yaml", overrides))):
+            found[stage.name] = fingerprint(stage_parts(stage, 0, found))
+        return found
+
+    before = fingerprints()
+    assert before == fingerprints(
+        "engine.replicas=9", "generate.expected={right_share: 0.1}", "domains.qa.teacher.url=https://elsewhere/v1",
+        "domains.qa.teacher.input_price=2", "domains.math.generate={expected: {prompt_tokens: 9}}")
+    changed = fingerprints("domains.math.generate={temperature: 0.6}")
+    assert before["generate-math"] != changed["generate-math"]
+    assert {name for name in before if name.startswith(("problems", "expert", "generate")) and
+            before[name] != changed[name]} == {"generate-math"}
+    assert fingerprints("domains.qa.teacher.model=r1")["generate-qa"] != before["generate-qa"]
+
+
+def test_a_domain_with_a_teacher_has_no_expert():
+    names = [stage.name for stage in build(load_recipe(RECIPES / "deepseek-v3.yaml"))]
+    assert "expert-math-rl" in names and "generate-qa" in names and "expert-qa-rl" not in names
 
 
 def test_an_unknown_key_is_named_with_a_suggestion(write):
@@ -80,6 +123,16 @@ def test_a_share_of_an_unknown_domain_is_named(write, path, share):
       "expert.rl.max_drift=1"], r"sft\.parallel\.processes 2 with model\.precision fp8"),
     (["sft={batch_tokens: 8192, pack_length: 256, parallel: {processes: 32, expert: 32, shard: false}}"],
      r"sft\.parallel spreads experts over 32 processes"),
+    (["generate.most_samples=1"], r"generate: most_samples 1 is below samples 2"),
+    (["domains.math.generate.samples=9"], r"domains\.math\.generate with generate: most_samples 4 is below samples 9"),
+    (["domains.math.generate={most_samples: 4, wanted: 5}"], r"domains\.math\.generate .*: wanted 5 is above the 4"),
+    (["domains.math.generate.max_tokens=999"], r"domains\.math\.generate\.max_tokens 999 is above model\.max_length"),
+    (["domains.math.generate.sampels=4"], r"domains\.math\.generate\.sampels: unknown key; did you mean samples\?"),
+    (["domains.math.generate.expected={right: 1}"], r"domains\.math\.generate\.expected\.right: unknown key"),
+    (["domains.writing.generate.most_samples=8"], r"domains\.writing: generate\.most_samples is for .* rules"),
+    (["generate={forms: [original, original]}"], r"generate: forms names one twice"),
+    (["domains.math.teacher={url: 'api.x', model: y}"], r"domains\.math\.teacher\.url: String should match"),
+    (["domains.math.teacher={url: 'http://x', model: y, most_cost: 3}"], r"teacher: most_cost needs input_price or"),
     (["engine.tensor_parallel=8"], r"tensor_parallel 8 needs as many gpus \(got 0\)"),
     (["rl.bias_gamma=0.001"], r"rl: bias_gamma 0\.001 with routing_replay: .* set bias_gamma: 0 or"),
     (["engine.return_routes=true"], r"return_routes needs gpus \(got 0\)"),

@@ -12,4 +12,4 @@ def test_the_benchmark_runs_at_its_smallest_size(tmp_path):
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures) == 16 and all(row["figure"] > 0 for row in figures)
+    assert len(figures) == 18 and all(row["figure"] > 0 for row in figures)

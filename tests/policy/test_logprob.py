@@ -3,7 +3,7 @@ import torch
 from tiny_models import tiny_policy
 from trl.trainer.utils import add_fused_lm_head
 
-from policy.kernels import logprob
+from policy.kernels import cpu_logprob
 from policy.kernels.logprob import IGNORE, add_logprob_head, linear_logprobs
 
 
@@ -15,6 +15,18 @@ def head(tokens: int, dtype: torch.dtype = torch.float32):
     return hidden, weight, torch.randint(0, 40, (tokens,), generator=generator)
 
 
+@pytest.fixture(params=[True, False], ids=["kept", "computed again"])
+def in_chunks_of(request, monkeypatch):
+    """Sets the tokens of a chunk; on both sides of the bound up to which logits are kept for the backward pass."""
+    def set_to(tokens: int) -> None:
+        monkeypatch.setattr(cpu_logprob, "CHUNK", tokens)
+        monkeypatch.setattr(cpu_logprob, "KEPT_CHUNK", tokens)
+        if not request.param:
+            monkeypatch.setattr(cpu_logprob, "KEPT_BYTES", 0)
+
+    return set_to
+
+
 def from_logits(hidden, weight, targets, temperature):
     """The plain path in FP64: (log-probs, entropies)."""
     logprobs = torch.log_softmax(hidden.double() @ weight.double().t() / temperature, -1)
@@ -23,13 +35,14 @@ def from_logits(hidden, weight, targets, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tokens", [1, 5, 30])
-def test_values_and_gradients_are_those_of_the_whole_logits(tokens, temperature, monkeypatch):
-    monkeypatch.setattr(logprob, "CPU_CHUNK", 8)
+def test_values_and_gradients_are_those_of_the_whole_logits(tokens, temperature, in_chunks_of):
+    in_chunks_of(8)
     hidden, weight, targets = head(tokens)
     expected = from_logits(hidden, weight, targets, temperature)
     found = linear_logprobs(hidden, weight, targets, temperature)
     slopes = torch.randn(2, tokens, generator=torch.Generator().manual_seed(2))
     for used in ((0,), (1,), (0, 1)):  # log-probs alone, entropies alone, both
+        found = linear_logprobs(hidden, weight, targets, temperature)
         mine, theirs = (torch.autograd.grad(sum((slopes[i] * values[i]).sum() for i in used), (hidden, weight),
                                             retain_graph=True) for values in (found, expected))
         for a, b in zip(mine, theirs, strict=True):
@@ -38,6 +51,33 @@ def test_values_and_gradients_are_those_of_the_whole_logits(tokens, temperature,
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
     modes = (hidden @ weight.t()).argmax(-1)
     assert torch.equal(found[2], modes == targets)
+
+
+def test_a_second_pass_through_a_retained_graph_gives_the_same_gradients(in_chunks_of):
+    in_chunks_of(8)
+    hidden, weight, targets = head(30)
+    logprobs, entropies, _ = linear_logprobs(hidden, weight, targets, 0.6)
+    loss = logprobs.sum() - 0.5 * entropies.sum()
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for first, second in zip(once, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bound", "passes"), [(4 * 30 * 40, 1), (4 * 30 * 40 - 1, 2)])
+def test_logits_up_to_the_bound_are_computed_once(bound, passes, monkeypatch):
+    monkeypatch.setattr(cpu_logprob, "KEPT_BYTES", bound)
+    hidden, weight, targets = head(30)
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *operands, **kind: products.append(1) or mm(*operands, **kind))
+    linear_logprobs(hidden, weight, targets)[0].sum().backward()
+    assert len(products) == passes
+
+
+def test_without_gradients_no_logits_are_kept(monkeypatch):
+    monkeypatch.setattr(cpu_logprob, "room_to_keep", lambda *_: pytest.fail("took room for all logits"))
+    with torch.no_grad():
+        linear_logprobs(*head(30))
 
 
 def test_large_logits_neither_overflow_nor_lose_the_entropy():
@@ -54,8 +94,8 @@ def test_bfloat16_states_give_log_probs_that_were_never_rounded_to_bfloat16():
     assert mine < 1e-4 < (rounded - exact).abs().max()
 
 
-def test_gradients_of_a_bfloat16_head_are_off_by_its_rounding_alone(monkeypatch):
-    monkeypatch.setattr(logprob, "CPU_CHUNK", 16)
+def test_gradients_of_a_bfloat16_head_are_off_by_its_rounding_alone(in_chunks_of):
+    in_chunks_of(16)
     hidden, weight, targets = head(64, torch.bfloat16)
     for mine, theirs in zip(*(torch.autograd.grad((values[0] - 0.5 * values[1]).sum(), (hidden, weight)) for values in (
             linear_logprobs(hidden, weight, targets), from_logits(hidden, weight, targets, 1.0))), strict=True):
@@ -63,8 +103,8 @@ def test_gradients_of_a_bfloat16_head_are_off_by_its_rounding_alone(monkeypatch)
         assert (mine.double() - theirs.double()).norm() < 5e-3 * theirs.double().norm()
 
 
-def test_the_head_returns_what_that_of_trl_does(monkeypatch):
-    monkeypatch.setattr(logprob, "CPU_CHUNK", 5)
+def test_the_head_returns_what_that_of_trl_does(in_chunks_of):
+    in_chunks_of(5)
     ids = torch.randint(40, 90, (2, 16), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[0, :9], labels[1, 12:] = IGNORE, IGNORE

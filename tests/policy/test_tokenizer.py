@@ -3,7 +3,7 @@ import random
 import pytest
 from tiny_models import tiny_tokenizer
 
-from policy.tokenizer import completion_ids, load_tokenizer, prompt_ids, train_tokenizer
+from policy.tokenizer import completion_ids, encode_samples, load_tokenizer, prompt_ids, train_tokenizer
 
 CONVERSATION = [{"role": "system", "content": "S"}, {"role": "user", "content": "1+2"},
                 {"role": "assistant", "content": "<think>\n3"}, {"role": "user", "content": "k"},
@@ -78,3 +78,17 @@ def test_a_tokenizer_without_a_chat_template_is_a_clear_error(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no chat template; add chat_template.jinja"):
         load_tokenizer(tmp_path)
+
+
+def test_many_samples_encode_as_each_does_alone():
+    tokenizer = train_tokenizer(["Seven and five are twelve crows."], 320, 64)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": "How many crows, all told?"}]
+    conversations = [asked, asked[1:], [], asked]
+    texts = ["<think>\n7 + 5 = 12\n</think>\n12", "12", "Plain text.", ""]
+    together = encode_samples(tokenizer, conversations, texts)
+    for (prompt, completion), messages, text in zip(together, conversations, texts, strict=True):
+        assert prompt == (prompt_ids(tokenizer, messages) if messages else [tokenizer.bos_token_id])
+        assert completion == completion_ids(tokenizer, text)
+    assert encode_samples(tokenizer, [], []) == []

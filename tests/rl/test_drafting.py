@@ -15,7 +15,7 @@ from pipeline.stage import StageError
 from policy.model import load_policy, save_policy
 from policy.mtp import is_mtp, predictions
 from policy.shards import checksum
-from rl.engine import Request, Sampling, _stop_others, open_engine
+from rl.engine import Request, Sampling, open_engine, stop_engines
 from rl.sync import _prove, engine_tensors, prove_checkpoint, sync_weights
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def engine(folder):
                  runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     opened = open_engine(folder, CONFIG, dtype="float32", max_length=LENGTH, seed=0, role="drafting")
     yield opened
-    _stop_others("engine-drafting-")  # ends its actor and forgets it
+    stop_engines("engine-drafting-")  # ends its actor and forgets it
     if mine:
         ray.shutdown()
 

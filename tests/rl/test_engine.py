@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -15,9 +18,10 @@ from pipeline.recipe import EngineConfig, ModelConfig, TinyModel
 from pipeline.stage import StageContext, StageError
 from policy.model import load_policy, save_policy
 from policy.shards import checksum
-from rl.engine import Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
+from rl.engine import _OPEN, Request, RolloutEngine, Sampling, chat_generator, make_room, open_engine
 from rl.sync import PROBE_LENGTHS, _prove, engine_tensors, logprob_error, prove_checkpoint, sync_weights
 from workflows.context import prove_beyond
+from workflows.inference import open_replicas
 
 ROOT = Path(__file__).parents[2]
 LENGTH, BOUND = 64, 1e-4
@@ -133,6 +137,30 @@ def test_a_tensor_damaged_on_the_way_is_named_and_nothing_is_loaded(engine):
     with pytest.raises(StageError, match="lm_head.weight arrived damaged"):
         engine.update(tensors, {**checksums, "lm_head.weight": "0" * 16}, 2)
     assert logprob_error(model, engine, BOUND) <= BOUND
+
+
+def test_an_engine_killed_at_work_is_replaced_and_every_request_is_answered_once(engine, folder):
+    model, notes, batches = ModelConfig(source=TinyModel(), dtype="float32", max_length=LENGTH), [], 24
+    requests = [[Request((5, 6, 7 + seed % 50), seed) for seed in range(4 * batch, 4 * batch + 4)]
+                for batch in range(batches)]
+    with open_replicas(folder, model, CONFIG, 0, 2, notes.append) as opened:
+        while len(opened.logprob_errors) < 2:  # both are proved
+            time.sleep(0.1)
+        [second] = [name for name in _OPEN if name.startswith("engine-replica-1-")]
+        pid = ray.get(_OPEN[second].__ray_call__.remote(lambda actor: os.getpid()))
+        found = {}
+        for place, generations in opened.engine.generate_batches(requests, Sampling(1.0, 24)):
+            if not found:
+                os.kill(pid, signal.SIGKILL)
+            assert place not in found
+            found[place] = generations
+    assert sorted(found) == list(range(batches)) and all(len(lot) == 4 for lot in found.values())
+    assert len(notes) == 1 and notes[0].startswith("engine 1 of 2 died and is started again")
+    assert not [name for name in _OPEN if name.startswith("engine-replica-")] and not psutil.pid_exists(pid)
+    for place in (0, batches - 1):  # the same requests give the same samples in whichever engine
+        again = engine.generate(requests[place], Sampling(1.0, 24))
+        assert [lot.token_ids for lot in again] == [lot.token_ids for lot in found[place]]
+    assert max(opened.logprob_errors) <= BOUND
 
 
 def test_a_folder_is_loaded_into_the_running_engine(engine, tmp_path):

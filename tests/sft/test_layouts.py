@@ -5,7 +5,6 @@ import json
 import multiprocessing
 
 import layouts_on_processes as layouts
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,8 +25,9 @@ def folder(tmp_path_factory):
     for layers in sorted(set(layouts.LAYERS.values())):
         save_tiny(folder / f"start-{layers}", layers=layers)
     packs, _ = pack_samples(random_samples(40, 5), layouts.PACK, tiny_tokenizer().pad_token_id, seed=0)
-    packs = packs[:2 * layouts.PACKS - 3]  # the second step is not full, nor is its last round of 2 or 4 processes
-    pq.write_table(pa.Table.from_pylist([vars(pack) for pack in packs]), folder / "packs.parquet")
+    # the second step is not full, nor is its last round of 2 or 4 processes
+    packs = packs.slice(0, 2 * layouts.PACKS - 3)
+    pq.write_table(packs, folder / "packs.parquet")
     context = multiprocessing.get_context("forkserver")  # torch and TRL are imported once for all of them
     context.set_forkserver_preload([layouts.__name__])
     processes = [context.Process(target=layouts.run_process, args=(rank, folder), daemon=True) for rank in range(4)]

@@ -43,28 +43,29 @@ def test_a_length_that_fits_no_pack_is_an_error(length):
 
 def test_samples_too_long_are_reported_and_the_rest_is_packed():
     samples = [*random_samples(20, 0), TokenizedSample("long", [1] * (PACK + 1), 1)]
-    packs, too_long = pack_samples(samples, PACK, PAD, seed=0)
+    table, too_long = pack_samples(samples, PACK, PAD, seed=0)
     assert too_long == ["long"]
-    assert sorted(name for pack in packs for name in pack.sample_ids) == sorted(s.id for s in samples[:-1])
+    packed = [name for names in table["sample_ids"].to_pylist() for name in names]
+    assert sorted(packed) == sorted(sample.id for sample in samples[:-1])
 
 
 def test_a_pack_holds_its_samples_whole_with_loss_on_completions_alone():
     samples = random_samples(40, 1)
     by_id = {sample.id: sample for sample in samples}
-    packs, _ = pack_samples(samples, PACK, PAD, seed=0)
+    packs = pack_samples(samples, PACK, PAD, seed=0)[0].to_pylist()
     for pack in packs:
-        assert len(pack.input_ids) == len(pack.labels) == len(pack.position_ids) == PACK
+        assert len(pack["input_ids"]) == len(pack["labels"]) == len(pack["position_ids"]) == PACK
         start = 0
-        for name in pack.sample_ids:
+        for name in pack["sample_ids"]:
             sample = by_id[name]
             part = slice(start, start + len(sample.input_ids))
-            assert pack.input_ids[part] == sample.input_ids
-            assert pack.labels[part] == [IGNORE] * sample.prompt_length + sample.input_ids[sample.prompt_length:]
-            assert pack.position_ids[part] == list(range(len(sample.input_ids)))
+            assert pack["input_ids"][part] == sample.input_ids
+            assert pack["labels"][part] == [IGNORE] * sample.prompt_length + sample.input_ids[sample.prompt_length:]
+            assert pack["position_ids"][part] == list(range(len(sample.input_ids)))
             start = part.stop
-        assert pack.input_ids[start:] == [PAD] * (PACK - start)
-        assert pack.labels[start:] == [IGNORE] * (PACK - start)
-        assert pack.position_ids[start:] == list(range(PACK - start))
+        assert pack["input_ids"][start:] == [PAD] * (PACK - start)
+        assert pack["labels"][start:] == [IGNORE] * (PACK - start)
+        assert pack["position_ids"][start:] == list(range(PACK - start))
 
 
 def test_the_order_of_packs_follows_the_seed():
@@ -77,19 +78,19 @@ def test_the_order_of_packs_follows_the_seed():
 def test_packed_samples_are_isolated_so_logits_and_mtp_states_equal_those_of_each_alone():
     model = tiny_policy().eval()
     samples = random_samples(12, 3, longest=14)
-    packs, _ = pack_samples(samples, PACK, PAD, seed=0)
+    packs = pack_samples(samples, PACK, PAD, seed=0)[0].to_pylist()
     by_id = {sample.id: sample for sample in samples}
-    assert max(len(pack.sample_ids) for pack in packs) > 1
+    assert max(len(pack["sample_ids"]) for pack in packs) > 1
 
     def run(ids, positions):
         hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return model.lm_head(hidden), model.mtp_hidden_states(hidden, ids, positions)
 
-    logits, mtp = run(torch.tensor([pack.input_ids for pack in packs]),
-                      torch.tensor([pack.position_ids for pack in packs]))
+    logits, mtp = run(torch.tensor([pack["input_ids"] for pack in packs]),
+                      torch.tensor([pack["position_ids"] for pack in packs]))
     for row, pack in enumerate(packs):
         start = 0
-        for name in pack.sample_ids:
+        for name in pack["sample_ids"]:
             ids = torch.tensor([by_id[name].input_ids])
             alone_logits, alone_mtp = run(ids, torch.arange(ids.shape[1])[None])
             end = start + ids.shape[1]

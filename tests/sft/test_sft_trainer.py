@@ -2,7 +2,6 @@ import json
 import shutil
 import time
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -35,7 +34,7 @@ def start(tmp_path_factory):
 def packs(tmp_path_factory):
     made, _ = pack_samples(random_samples(80, 5), PACK, tiny_tokenizer().pad_token_id, seed=0)
     path = tmp_path_factory.mktemp("packs") / "packs.parquet"
-    pq.write_table(pa.Table.from_pylist([vars(pack) for pack in made]), path)
+    pq.write_table(made, path)
     return path
 
 
