@@ -29,10 +29,10 @@ def summary(index: pl.DataFrame) -> list[dict[str, Any]]:
     found = {(row["domain"], row["form"]): row for row in rows.sort(GROUP).to_dicts()}
     for column, name in (("status", "statuses"), ("lost", "lost")):
         if column in index.columns:
-            counted = index.filter(pl.col(column).is_not_null()).group_by(*GROUP, column).len()
+            counted = index.drop_nulls(column).group_by(*GROUP, column).len().cast({column: pl.String})
             for row in found.values():
                 row[name] = {}
-            for domain, form, value, count in counted.sort("len", descending=True).iter_rows():
+            for domain, form, value, count in counted.sort("len", column, descending=[True, False]).iter_rows():
                 found[domain, form][name][value] = count
     return list(found.values())
 
@@ -128,7 +128,8 @@ def compare(one: SampleSet, first: pl.DataFrame, other: SampleSet, second: pl.Da
                 "mean_score": [None, None]})
             for name in ("samples", "mean_tokens", "mean_score"):
                 group[name][side] = row[name]
-    only = [first.join(second, on="id", how="anti"), second.join(first, on="id", how="anti")]
+    only = [here.join(there, on="id", how="anti", maintain_order="left") for here, there in
+            ((first, second), (second, first))]
     problems = [index["problem_id"].n_unique() for index in (first, second)]
     shared = first.select("problem_id").unique().join(second.select("problem_id").unique(), on="problem_id")
     pairs, different = _different_answers(((one, first, only[0]), (other, second, only[1])))

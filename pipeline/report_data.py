@@ -190,7 +190,7 @@ class FunnelStep:
 
 def _grouped(path: Path, columns: list[str]) -> list[dict[str, Any]]:
     """Rows with their count per combination of the columns; a dot reaches into a struct."""
-    return Table(path).narrow(columns, columns).group_by(columns).len("count").to_dicts()
+    return Table(path).narrow(columns, columns).group_by(columns, maintain_order=True).len("count").to_dicts()
 
 
 def series(curve: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -4,9 +4,9 @@ import json
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from sft_set_stages import reject
 from test_rejection import CONFIG, MATH, NOTE, sample, verdict
 
-from distill.rejection import reject
 from distill.review import Decision, apply, queue, read_decisions, refused, revised
 from pipeline.records import SCHEMAS, Sample, Status, write_table
 from pipeline.stage import StageError
@@ -77,7 +77,7 @@ def test_rejection_keeps_what_a_reviewer_accepted_and_loses_what_one_refused():
     words = {low.id: "accept", refusal.id: "reject", rewritten.id: "edit"}
     samples = [revised(s, Decision(id=s.id, decision=words[s.id], completion="Hi." if words[s.id] == "edit" else None))
                if s.id in words else s for s in (low, high, refusal, plain, rewritten)]
-    kept, rejected, funnel = reject(samples, [NOTE], CONFIG)
+    kept, rejected, funnel = reject(samples, CONFIG, principled=[NOTE.domain])
     assert {s.completion for s in kept} == {low.completion, "Hi."}
     assert {s.id: reason for s, reason in rejected} == {high.id: "not_shortest", refusal.id: "reviewer",
                                                         plain.id: "judge_score"}
@@ -87,7 +87,7 @@ def test_rejection_keeps_what_a_reviewer_accepted_and_loses_what_one_refused():
 def test_an_accepted_sample_must_still_be_one_of_its_form():
     broken = sample(NOTE, "reasoning", completion="No thinking here.", verdict=verdict(Status.WRONG, 0.1, "judge"))
     accepted = revised(broken, Decision(id=broken.id, decision="accept"))
-    _, rejected, _ = reject([accepted, judged(0.9, 1)], [NOTE], CONFIG)
+    _, rejected, _ = reject([accepted, judged(0.9, 1)], CONFIG, principled=[NOTE.domain])
     assert rejected == [(accepted, "no_thinking")]
 
 

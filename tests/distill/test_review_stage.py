@@ -4,34 +4,28 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from sft_set_stages import context, write_parts
 from test_rejection import NOTE
 from test_review import judged
-from tiny_models import Quiet
 
 from distill.review import Decision
 from pipeline.fingerprint import changes, stage_parts
 from pipeline.recipe import RejectConfig
 from pipeline.recipe_file import load_recipe
-from pipeline.records import Problem, Sample, read_table, write_table
-from pipeline.stage import StageContext
-from workflows import data
+from pipeline.records import Sample, read_table
+from workflows import sft_set
 from workflows.deepseek_v3 import build
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_reject(folder, samples, **config):
-    (folder / "verify").mkdir(parents=True)
-    for name in ("problems", "out", "work"):
-        (folder / name).mkdir()
-    write_table(folder / "verify/samples.parquet", samples, Sample)
-    write_table(folder / "problems/problems.parquet", [NOTE], Problem)
-    context = StageContext("reject", {"reject": RejectConfig(**config)},
-                           {name: folder / name for name in ("verify", "problems")}, folder / "out", folder / "work", 0,
-                           Quiet())
-    funnel = data.reject(context).counts["funnel"]
-    kept = read_table(context.out / "samples.parquet", Sample)
-    return kept, funnel[NOTE.domain]["lost"], pq.read_table(context.out / "review/queue.parquet")["id"].to_pylist()
+    write_parts(folder / "verify/samples", samples, per_part=2)
+    stage = context({"reject": RejectConfig(**config), "principled": [NOTE.domain], "judged": [NOTE.domain]},
+                    {"verify": folder / "verify"}, folder)
+    funnel = sft_set.reject(stage).counts["funnel"]
+    kept = read_table(stage.out / "samples", Sample)
+    return kept, funnel[NOTE.domain]["lost"], pq.read_table(stage.out / "review/queue.parquet")["id"].to_pylist()
 
 
 def test_decisions_come_back_into_the_set_and_are_not_asked_for_again(tmp_path):
