@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -50,7 +51,9 @@ def test_an_error_keeps_what_was_made(sources, tmp_path):
         "part-00000", "part-00001"]
 
 
-def test_much_work_is_spread_over_the_processes_of_ray(sources, tmp_path):
+def test_much_work_is_spread_over_the_processes_of_ray(sources, tmp_path, monkeypatch):
+    folders = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))  # where those processes find `double`
     with ray_session("parts", tmp_path, lambda text: None):
         folders = map_parts(double, sources, tmp_path / "made", Quiet(), size=HERE_BYTES)
         assert [pl.read_parquet(folder / "table.parquet")["x"].sum() for folder in folders] == [0, 2, 4, 0]
