@@ -3,7 +3,7 @@
     python benchmarks/cpu_kernels.py [--small] [--json FILE]
 
 Everything is timed in turn in one process, forward and backward; figures are medians. "bare products" are the six
-matrix products of the experts, on rows that lie ready. Peak memory is that of one step in a fresh process.
+matrix products of the experts, on rows that lie ready. Peak memory is that of one step in a process of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Experts:
 
 
 SHAPES = (Experts("tiny", 128, 64, 16, 2, 2048), Experts("mid", 512, 256, 64, 6, 8192))
+ROUNDS = {"tiny": 40, "mid": 5}
 HEADS = (("tiny", 2048, 128, 1024), ("mid", 2048, 256, 32768))  # tokens, hidden, vocabulary
 
 
@@ -118,31 +119,36 @@ def head_step(kind: str, tokens: int, width: int, vocabulary: int, dtype: torch.
     return step
 
 
-def peak_mib(kind: str, shape: Sequence[int], dtype: str) -> float:
-    """Peak resident memory of one step above that before it, in a process of its own."""
+def peaks_mib(steps: Sequence[tuple[str, str]], shape: Sequence[int]) -> list[float]:
+    """Peak resident memory of a step of each (kind, dtype) above that before it, each in a fork of a fresh process."""
     code = f"""
-import torch, cpu_kernels
+import os, torch, cpu_kernels
 def resident(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-cpu_kernels.head_step({kind!r}, 64, 64, 64, torch.{dtype})()  # libraries load their code
-step = cpu_kernels.head_step({kind!r}, *{tuple(shape)}, torch.{dtype})
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-before = resident()
-step()
-print((resident() - before) / 1024)"""
+for kind, dtype in {steps}:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    cpu_kernels.head_step(kind, 64, 64, 64, getattr(torch, dtype))()  # libraries load their code
+    step = cpu_kernels.head_step(kind, *{shape}, getattr(torch, dtype))
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    before = resident()
+    step()
+    print((resident() - before) / 1024, flush=True)
+    os._exit(0)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True,
                           check=True)
-    return float(done.stdout.split()[-1])
+    return [float(line) for line in done.stdout.split()]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="the tiny shapes, two rounds")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     rows: list[Row] = []
-    for shape in SHAPES[:1] if arguments.small else SHAPES:
-        rounds = 2 if arguments.small else 40 if shape.name == "tiny" else 5
+    for shape in SHAPES[:1] if options.small else SHAPES:
+        rounds = 2 if options.small else ROUNDS[shape.name]
         for dtype in (torch.float32, torch.bfloat16):
             seconds = experts_seconds(shape, dtype, rounds)
             label = f"experts, {shape.name}, {str(dtype).removeprefix('torch.')}"
@@ -151,16 +157,18 @@ def main() -> None:
             rows.append((f"{label}: over bare products", seconds["posttrain"] / seconds["bare products"], "x time"))
             for other in ("grouped", "eager"):
                 rows.append((f"{label}: transformers {other}", seconds[other] / seconds["posttrain"], "x time"))
-    for name, *shape in HEADS[:1] if arguments.small else HEADS:
+    for name, *shape in HEADS[:1] if options.small else HEADS:
+        steps = []
         for dtype in ("float32", "bfloat16"):
             label = f"log-probs, {name}, {dtype}"
             seconds = alternate({kind: head_step(kind, *shape, getattr(torch, dtype))
-                                 for kind in ("posttrain", "whole logits")}, 2 if arguments.small else 7)
+                                 for kind in ("posttrain", "whole logits")}, 2 if options.small else ROUNDS[name])
             rows.append((f"{label}: posttrain", 1000 * seconds["posttrain"], "ms"))
             rows.append((f"{label}: whole logits", seconds["whole logits"] / seconds["posttrain"], "x time"))
-            for kind in seconds:
-                rows.append((f"{label}: {kind}", peak_mib(kind, shape, dtype), "MiB"))
-    report(rows, arguments.json)
+            steps += [(kind, dtype) for kind in seconds]
+        rows += [(f"log-probs, {name}, {dtype}: {kind}", peak, "MiB")
+                 for (kind, dtype), peak in zip(steps, peaks_mib(steps, shape), strict=True)]
+    report(rows, options.json)
 
 
 if __name__ == "__main__":

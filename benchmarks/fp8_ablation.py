@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[1]
 BOUND = 0.25  # per cent; section 3.3
 # twice the recipe's, so that there are packs the base has not seen
 SIZES = ["domains.math.splits.corpus=5000", "domains.logic.splits.corpus=5000"]
-SMALL = ["model.source.hidden_size=32", "domains.math.splits.corpus=300", "domains.code.splits.corpus=100",
-         "domains.logic.splits.corpus=100", "domains.writing.splits.corpus=100"]
+SMALL = ["model.source.hidden_size=32", "domains.math.splits.corpus=200", "domains.code.splits.corpus=50",
+         "domains.logic.splits.corpus=50", "domains.writing.splits.corpus=50"]
 Curve = list[float]
 
 
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args(arguments)
     if options.small:
-        options.seeds, options.base_steps, options.steps = 2, 4, 8
+        options.seeds, options.base_steps, options.steps = 1, 3, 4
     recipe = load_recipe(ROOT / "recipes/tiny.yaml", [
         f"base.max_steps={options.base_steps}", f"model.source.drill_steps={options.base_steps // 3}",
         *(SMALL if options.small else SIZES)])

@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -91,12 +92,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--choice", help="measure one choice in this process and print it as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.choice:
         print(json.dumps(measure([part for part in options.choice.split("+") if part != "none"], options.small)))
         return

@@ -1,8 +1,6 @@
-import importlib.util
+import importlib
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,20 +56,16 @@ def test_gradients_over_passes_in_other_precisions_and_of_other_experts_are_equa
         assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def alive_after_forward(parts, **options):
-    """Bytes that a forward pass leaves for its backward pass, as the benchmark measures them."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("recompute_memory", ROOT / "benchmarks/recompute_memory.py")
-        benchmark = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(benchmark)
-    finally:
-        sys.path.pop(0)
-    return benchmark.measure(list(parts), small=True)["kept"]
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The module benchmarks/recompute_memory.py."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("recompute_memory")
 
 
-def test_each_part_leaves_less_alive_between_the_passes():
-    none, *each, everything = (alive_after_forward(parts) for parts in ((), *((part,) for part in PARTS), PARTS))
+def test_each_part_leaves_less_alive_between_the_passes(benchmark):
+    none, *each, everything = (benchmark.measure(list(parts), small=True)["kept"]
+                               for parts in ((), *((part,) for part in PARTS), PARTS))
     assert all(kept < 0.99 * none for kept in each)
     assert everything < 0.8 * none
 
@@ -92,10 +86,8 @@ def test_a_model_without_the_parts_is_a_clear_error():
         recompute(model, ("norm",))
 
 
-def test_the_benchmark_runs_at_its_smallest_size(tmp_path):
-    done = subprocess.run(["env", f"PYTHONPATH={ROOT}", sys.executable, "benchmarks/recompute_memory.py", "--small",
-                           "--json", str(tmp_path / "figures.json")],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_the_benchmark_runs_at_its_smallest_size(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes it measures in
+    benchmark.main(["--small", "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures[-1] == {"what": "gradients equal in every bit", "figure": 1.0, "unit": "1 = yes"}

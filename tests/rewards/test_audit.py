@@ -28,7 +28,7 @@ CASES = all_cases()
 
 @pytest.fixture(scope="module")
 def judged():
-    with Verifier(Judge(credulous_judge, VOTES), limits=Limits(cpu_seconds=1, wall_seconds=30)) as verifier:
+    with Verifier(Judge(credulous_judge, VOTES), limits=Limits(cpu_seconds=1, wall_seconds=8)) as verifier:
         yield verifier
 
 

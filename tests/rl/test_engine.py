@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -236,33 +234,28 @@ def test_a_reload_that_keeps_the_packed_kernel_still_leaves_experts_wrong(engine
     assert logprob_error(model, engine, BOUND) <= BOUND
 
 
-ROTARY_SCRIPT = f"""
-import sys
-import torch, vllm
-from rl.engine import EngineActor
-from rl.sync import logprob_error
-from pipeline.recipe import EngineConfig
-from policy.model import load_policy
-
-start = vllm.LLM
-vllm.LLM = lambda folder, compilation_config, **options: start(folder, **options)  # the remedy left out
-actor = EngineActor(sys.argv[1], EngineConfig(max_sequences=32).model_dump(), "float32", {LENGTH}, 0)
-print("error", logprob_error(load_policy(sys.argv[1]).eval(), actor, {BOUND}))
-"""
-
-
-def test_the_rotary_kernel_of_the_cpu_back_end_is_still_wrong(tmp_path):
-    """Pins the fault behind `custom_ops: none`; when this fails, that remedy can go. Starts an engine of its own.
-
-    The fault is in the kernel for plain frequencies; those of YaRN take another.
+def test_the_rotary_kernel_of_the_cpu_back_end_is_still_wrong(engine, folder):
+    """Pins the fault behind `custom_ops: none`: in vLLM's own configuration for an eager engine the rotary layer turns
+    queries by the wrong angles. When this fails, that remedy can go. YaRN's frequencies take another kernel.
     """
-    save_policy(changed_policy(1, yarn_factor=None), tiny_tokenizer(LENGTH), tmp_path)
-    script = tmp_path / "script.py"
-    script.write_text(ROTARY_SCRIPT)
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.rpartition("error")[2]) > 100 * BOUND
+
+    def turned(_actor, folder):
+        from vllm.config import set_current_vllm_config
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.layers.rotary_embedding import get_rope
+
+        with set_current_vllm_config(EngineArgs(model=folder, enforce_eager=True).create_engine_config()):
+            rotary = get_rope(32, max_position=64, is_neox_style=False,
+                              rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+        generator = torch.Generator().manual_seed(0)
+        queries, keys = (torch.randn(10, heads, 32, generator=generator) for heads in (4, 1))
+        return [[tensor.reshape(10, -1, 32) for tensor in run(torch.arange(10), queries.clone(), keys.clone())]
+                for run in (rotary, rotary.forward_native)]
+
+    (queries, keys), (right_queries, right_keys) = ray.get(
+        engine.actor.__ray_call__.remote(turned, str(folder)))
+    torch.testing.assert_close(keys, right_keys)
+    assert (queries - right_queries).abs().max() > 1
 
 
 def test_the_probe_covers_every_expert():

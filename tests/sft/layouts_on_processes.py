@@ -10,6 +10,7 @@ import datetime
 import faulthandler
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ from tiny_models import Killed, Quiet, tiny_tokenizer
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 import sft.trainer
@@ -35,15 +37,16 @@ PACK, PACKS = 32, 8  # tokens of a pack, packs of an optimizer step
 LAYOUTS = {"dp": {"shard": False}, "fsdp": {}, "ep": {"shard": False, "expert": 2, "dispatch": "exact"},
            "fsdp-ep": {"expert": 2, "dispatch": "exact"}, "fsdp-ep-fp8": {"expert": 2}}
 EXACT = [name for name in LAYOUTS if not name.endswith("fp8")]
+RECOMPUTED = {"fsdp-ep": ("norm", "mla_up", "swiglu")}  # on four processes
 LAYERS = {2: 3, 4: 7}  # of the pipelined policies, by processes: two stages each, the MTP module in the last
 
 
-def config(parallel: dict | None = None) -> TrainConfig:
+def config(parallel: dict | None = None, recompute: Sequence[str] = ()) -> TrainConfig:
     """Two optimizer steps; the gradient is never clipped."""
     return TrainConfig(batch_tokens=PACKS * PACK, pack_length=PACK, packs_per_device=1, max_steps=2,
                        save_steps=1 if Watched.dies else 2, learning_rate=1e-3, min_learning_rate=1e-4,
                        mtp_lambda=0.3, balance_alpha=0.01, bias_gamma=1e-3, max_grad_norm=1e9,
-                       parallel=ParallelConfig(**parallel or {}))
+                       parallel=ParallelConfig(**parallel or {}), recompute=recompute)
 
 
 class Watched(sft.trainer.PackedSFTTrainer):
@@ -78,14 +81,20 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def train(folder: Path, start: Path, packs: Path, parallel: dict | None = None) -> Path:
-    """Train in `folder`, as this process's part of the layout; returns the checkpoint."""
+def train(folder: Path, start: Path, packs: Path, parallel: dict | None = None, recompute: Sequence[str] = ()) -> Path:
+    """Train in `folder`, as this process's part of the layout; returns the checkpoint.
+
+    The file `recomputed` stands there afterwards where anything was computed again for a backward pass.
+    """
     for name in ("work", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     Watched.folder = folder
-    with mock.patch.object(sft.trainer, "PackedSFTTrainer", Watched):
-        sft.trainer.train_here(config(parallel), start=start, packs=packs, out=folder / "out", work=folder / "work",
-                               seed=0, dtype="float32", progress=Quiet(), in_order=True)
+    with (mock.patch.object(sft.trainer, "PackedSFTTrainer", Watched),
+          mock.patch("policy.recompute.checkpoint", wraps=checkpoint) as again):
+        sft.trainer.train_here(config(parallel, recompute), start=start, packs=packs, out=folder / "out",
+                               work=folder / "work", seed=0, dtype="float32", progress=Quiet(), in_order=True)
+    if again.called:
+        (folder / "recomputed").touch()
     return folder / "out/checkpoint"
 
 
@@ -165,15 +174,15 @@ def run_process(rank: int, folder: Path) -> None:
     join(rank, 4, folder)
     for name, layout in LAYOUTS.items():
         if name != "fsdp-ep":
-            train(folder / f"4/{name}", start, packs, {"processes": 4, **layout})
+            train(folder / f"4/{name}", start, packs, {"processes": 4, **layout}, RECOMPUTED.get(name, ()))
     dies = folder / "4/fsdp-ep"
     Watched.dies = True
     try:
-        train(dies, start, packs, {"processes": 4, **LAYOUTS["fsdp-ep"]})
+        train(dies, start, packs, {"processes": 4, **LAYOUTS["fsdp-ep"]}, RECOMPUTED["fsdp-ep"])
     except Killed:
         (dies / "killed").touch()
     Watched.dies = False
-    train(dies, start, packs, {"processes": 4, **LAYOUTS["fsdp-ep"]})
+    train(dies, start, packs, {"processes": 4, **LAYOUTS["fsdp-ep"]}, RECOMPUTED["fsdp-ep"])
     # each checkpoint is loaded in the next layout and saved as it is
     names = list(LAYOUTS)
     for name, source in zip(names, [*names[1:], names[0]], strict=True):

@@ -69,6 +69,13 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(folder, processes, name)
     assert error < 1e-5
 
 
+def test_the_layouts_that_recompute_did(folder):
+    runs = {run.parents[1].relative_to(folder).as_posix() for run in folder.glob("**/out/checkpoint")}
+    assert len(runs) == 2 + len(SHAPES) + 1
+    did = {run for run in runs if (folder / run / "recomputed").exists()}
+    assert did == {f"4/{name}" for name in layouts.RECOMPUTED}
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_loss_and_gradients_of_the_pipeline_are_those_of_one_process(folder, processes):
     one = folder / ("1" if layouts.LAYERS[processes] == 3 else "1-7")

@@ -1,8 +1,6 @@
 """The stage that extends the context, its place in the graph, and what recipes may say about it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
@@ -171,11 +169,11 @@ def test_needles_for_the_base_fit_its_context(base):
     assert len(needle_rows(tokenizer, Random(0), SHORT, 5)) == 5 and needle_rows(tokenizer, Random(0), SHORT, 0) == []
 
 
-def test_facts_beyond_the_context_are_missed_before_the_stage_and_found_after(tmp_path):
-    done = subprocess.run(["env", f"PYTHONPATH={ROOT}", sys.executable, "benchmarks/context_extension.py", "--small",
-                           "--json", str(tmp_path / "figures.json")],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+def test_facts_beyond_the_context_are_missed_before_the_stage_and_found_after(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import context_extension
+
+    context_extension.main(["--small", "--json", str(tmp_path / "figures.json")])
     found = {row["what"]: row["figure"] for row in json.loads((tmp_path / "figures.json").read_text())}
     assert found["before: facts found at 64 tokens"] > 90
     assert found["before: facts found at 256 tokens"] < 50
