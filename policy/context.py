@@ -9,12 +9,11 @@ transformers and vLLM both take it from `mscale_all_dim`; with `mscale` equal to
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from pipeline.parts import link
 from pipeline.recipe import YarnConfig
 from pipeline.stage import StageError
 
@@ -48,12 +47,5 @@ def extend_context(checkpoint: Path, yarn: YarnConfig, out: Path) -> int:
         elif file.name == "tokenizer_config.json":
             target.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}, indent=2))
         else:
-            _link(file, target)
+            link(file, target)
     return length
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copy2(file, target)

@@ -5,17 +5,12 @@ import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from tiny_models import Quiet
 
 from pipeline.parts import PART
 from pipeline.records import Problem, Sample, read_table, write_table
 from pipeline.stage import StageContext
 from workflows import sft_set
-
-
-class Quiet:
-    def start(self, total, unit, done=0): ...
-    def advance(self, count=1, **metrics): ...
-    def note(self, text): ...
 
 
 def write_parts(folder, samples, per_part=1000):

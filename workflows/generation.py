@@ -7,7 +7,6 @@ again. What is finished of a part under way lies in its request log. Memory hold
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections import Counter
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import write_atomically
+from pipeline.parts import link
 from pipeline.recipe import GenerateConfig, TeacherConfig
 from pipeline.records import Sample, Status, read_table, write_table
 from pipeline.request_log import RequestLog
@@ -101,14 +101,7 @@ class Parts:
 
     def publish(self, out: Path) -> None:
         """The parts as out/samples; the work folder keeps them until the stage is committed."""
-        shutil.copytree(self.work / "samples", out / "samples", copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
+        shutil.copytree(self.work / "samples", out / "samples", copy_function=link)
 
 
 def generate(context: StageContext, domain: str, replicas: int = 1, teacher: TeacherConfig | None = None

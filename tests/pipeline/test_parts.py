@@ -3,7 +3,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from sft_set_stages import Quiet
+from tiny_models import Quiet
 
 from pipeline.parts import HERE_BYTES, map_parts, parts, publish
 from pipeline.ray_session import ray_session
