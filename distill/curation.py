@@ -18,12 +18,13 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from distill.prompts import FORMS
-from distill.shingles import BANDS, Words, bands, level, shorten, signatures, similarity
+from distill.shingles import BANDS, Words, bands, lettered, level, shorten, signatures, similarity
 from pipeline.recipe import CurateConfig
 from pipeline.records import Problem
 from rewards.extract import OPEN
 
 CONTAMINATED_WORDS = 13
+PLAIN_WORDS = 7  # of them must have letters: sums of small numbers repeat by chance
 TEMPLATE_TEXTS = 10  # an n-gram in more evaluation texts than this belongs to the template, not to the task
 FILTER_BITS = 24
 _LEADING = np.uint64(64 - FILTER_BITS)
@@ -58,11 +59,12 @@ class Forbidden:
         solved = [(p.id, text) for p in problems for text in (p.solution, p.answer) if text]
         names = [p.id for p in problems] + [name for name, _ in texts] + [name for name, _ in solved]
         prompts = _prompt_keys(asked)
-        words = Words.of(level(pl.concat([asked, pl.Series([text for _, text in solved], dtype=pl.String)])))
-        found = words.ngrams(CONTAMINATED_WORDS)
-        owners = found.texts_of(np.arange(len(found.hashes)))
+        every = level(pl.concat([asked, pl.Series([text for _, text in solved], dtype=pl.String)]))
+        found, plain = Words.of(every).ngrams(CONTAMINATED_WORDS), lettered(every, CONTAMINATED_WORDS) >= PLAIN_WORDS
+        owners = found.texts_of(np.arange(len(found.hashes)))[plain]
+        hashes = found.hashes[plain]
         # each n-gram once for each text
-        both = np.unique(np.stack([found.hashes, owners.astype(np.uint64)]), axis=1)
+        both = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)
         grams, first, counts = np.unique(both[0], return_index=True, return_counts=True)
         rare = counts <= TEMPLATE_TEXTS
         grams, owners = grams[rare], both[1][first[rare]].astype(np.int64)

@@ -37,28 +37,46 @@ class Words:
     @staticmethod
     def of(texts: pl.Series) -> Words:
         """Words of levelled texts. The hash is polars' own, equal wherever its version is."""
-        found = texts.str.extract_all(_WORD)
-        counts = found.list.len().to_numpy()
-        hashes = found.explode(empty_as_null=False, keep_nulls=False).hash(seed=0).to_numpy()
-        return Words(hashes, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+        words, starts = _split(texts)
+        return Words(words.hash(seed=0).to_numpy(), starts)
 
     def ngrams(self, n: int) -> Words:
         """The hashed n-grams of each text in order; none of a text with fewer than n words."""
-        count = max(0, len(self.hashes) - n + 1)
+        inside, starts = _inside(self.starts, n)
+        count = len(inside)
         grams = np.zeros(count, dtype=np.uint64)
         for offset in range(n):  # a polynomial in _BASE modulo 2^64; overflow is meant
             grams *= _BASE
             grams += self.hashes[offset:offset + count]
-        sizes = np.diff(self.starts)
-        inside = np.ones(len(self.hashes), dtype=bool)  # but for the n-grams that reach into the next text
-        for back in range(1, n):
-            inside[self.starts[1:][sizes >= back] - back] = False
-        starts = np.concatenate([[0], np.cumsum(np.maximum(sizes - n + 1, 0))])
-        return Words(grams[inside[:count]], starts)
+        return Words(grams[inside], starts)
 
     def texts_of(self, places: np.ndarray) -> np.ndarray:
         """The text that each place in `hashes` belongs to."""
         return np.searchsorted(self.starts, places, side="right") - 1
+
+
+def lettered(texts: pl.Series, n: int) -> np.ndarray:
+    """How many words of each n-gram of levelled texts, in the order of `Words.ngrams`, have a letter."""
+    words, starts = _split(texts)
+    inside, _ = _inside(starts, n)
+    total = np.concatenate([[0], np.cumsum(words.str.contains(r"\p{L}").to_numpy())])
+    return (total[n:] - total[:-n])[inside] if len(inside) else np.empty(0, dtype=np.int64)
+
+
+def _split(texts: pl.Series) -> tuple[pl.Series, np.ndarray]:
+    """The words of all texts, and where each text begins."""
+    found = texts.str.extract_all(_WORD)
+    starts = np.concatenate([[0], np.cumsum(found.list.len().to_numpy(), dtype=np.int64)])
+    return found.explode(empty_as_null=False, keep_nulls=False), starts
+
+
+def _inside(starts: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which runs of n words do not reach into the next text, bool [words - n + 1], and where those of each begin."""
+    sizes = np.diff(starts)
+    inside = np.ones(starts[-1], dtype=bool)
+    for back in range(1, n):
+        inside[starts[1:][sizes >= back] - back] = False
+    return (inside[:max(0, len(inside) - n + 1)], np.concatenate([[0], np.cumsum(np.maximum(sizes - n + 1, 0))]))
 
 
 def signatures(grams: Words) -> np.ndarray:

@@ -141,6 +141,15 @@ def test_solutions_must_not_repeat_those_of_the_evaluation_set_or_texts_of_its_f
         curate(samples, [held], config, seed=0)
 
 
+def test_sums_of_small_numbers_are_no_contamination():
+    held = dataclasses.replace(asked("When do they meet?", "heldout"),
+                               solution="9 + 1 -> 10 - 4 -> 6 - 4 -> 2 + 4 -> 6 so it is 6")
+    p = asked("How many are left?")
+    kept, _, _ = curate([sample(p, completion="9 + 1 -> 10 - 4 -> 6 - 4 -> 2 + 4 -> 6 so it is 6")], [held, p],
+                        CurateConfig(total=9), seed=0)
+    assert len(kept) == 1
+
+
 def test_broken_encodings_are_dropped():
     p = asked("How far is it?")
     kept, dropped, _ = curate([sample(p, completion="Ten\ufffd miles."), sample(p)], [p], CurateConfig(total=9), seed=0)
