@@ -77,7 +77,10 @@ def _spread(function: Callable[..., None], left: list[tuple[Path, Path]], progre
             while waiting and len(running) < UNITS_PER_CPU * cpus:
                 running.append(unit.remote(function, *waiting.pop(), *shared))
             done, running = ray.wait(running)
-            ray.get(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # as it was: Ray's copy of an OSError forgets that the disk is full
             progress.advance(len(done))
     except BaseException:
         for reference in running:

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from pipeline.ray_session import ray_session
 def double(source, out, by=2):
     """What a unit of work does; its process id tells who did it."""
     table = pl.read_parquet(source)
+    if table["x"].sum() == -9:
+        raise OSError(errno.ENOSPC, "no space left on device")
     if table["x"].sum() < 0:
         raise ValueError(f"{source.name} is negative")
     table.select(pl.col("x") * by).write_parquet(out / "table.parquet")
@@ -52,7 +55,7 @@ def test_an_error_keeps_what_was_made(sources, tmp_path):
 
 
 def test_much_work_is_spread_over_the_processes_of_ray(sources, tmp_path, monkeypatch):
-    folders = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    folders = [*map(str, Path(__file__).parents[:2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))  # where those processes find `double`
     with ray_session("parts", tmp_path, lambda text: None):
         folders = map_parts(double, sources, tmp_path / "made", Quiet(), size=HERE_BYTES)
@@ -61,6 +64,10 @@ def test_much_work_is_spread_over_the_processes_of_ray(sources, tmp_path, monkey
         pl.DataFrame({"x": [-1]}).write_parquet(sources[1])
         with pytest.raises(ValueError, match="part-00001.parquet is negative"):
             map_parts(double, sources, tmp_path / "again", Quiet(), size=HERE_BYTES)
+        pl.DataFrame({"x": [-9]}).write_parquet(sources[1])
+        with pytest.raises(OSError) as full:
+            map_parts(double, sources, tmp_path / "full", Quiet(), size=HERE_BYTES)
+        assert full.value.errno == errno.ENOSPC
 
 
 def test_published_parts_are_numbered_anew_and_hold_every_row(sources, tmp_path):
