@@ -59,7 +59,7 @@ def test_much_work_is_spread_over_the_processes_of_ray(sources, tmp_path, monkey
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))  # where those processes find `double`
     with ray_session("parts", tmp_path, lambda text: None):
         folders = map_parts(double, sources, tmp_path / "made", Quiet(), size=HERE_BYTES)
-        assert [pl.read_parquet(folder / "table.parquet")["x"].sum() for folder in folders] == [0, 2, 4, 0]
+        assert [pl.read_parquet(folder / "table.parquet")["x"].sum() for folder in folders] == [0, 2, 8, 0]
         assert str(os.getpid()) not in {(folder / "process").read_text() for folder in folders}
         pl.DataFrame({"x": [-1]}).write_parquet(sources[1])
         with pytest.raises(ValueError, match="part-00001.parquet is negative"):
