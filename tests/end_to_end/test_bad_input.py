@@ -15,9 +15,9 @@ from tiny_models import Quiet, save_tiny
 from distill.problems import GENERATORS
 from distill.prompts import prompt_messages
 from pipeline.recipe import Recipe
-from pipeline.records import Problem, Sample, Status, Verdict, write_table
+from pipeline.records import Sample, Status, Verdict, write_table
 from pipeline.stage import StageContext, StageError
-from workflows import data, expert
+from workflows import expert, sft_set
 from workflows.inference import check_infrastructure
 
 
@@ -101,15 +101,13 @@ def test_a_domain_that_rejection_empties_stops_the_stage_with_the_funnel(tmp_pat
     samples = [Sample(f"{n:016x}", problem.id, problem.domain, "original", prompt_messages(problem, "original"),
                       problem.answer, "digest", "{}", "stop", 9, right if problem.domain == "math" else wrong)
                for n, problem in enumerate(problems)]
-    for name, records, kind in (("problems", problems, Problem), ("samples", samples, Sample)):
-        (tmp_path / name / "samples").mkdir(parents=True)
-        write_table(tmp_path / name / ("problems.parquet" if kind is Problem else "samples/part-00000.parquet"),
-                    records, kind)
+    write_table(tmp_path / "samples/samples/part-00000.parquet", samples, Sample)
     reject = Recipe.model_validate(own_recipe("rows.jsonl", "model")).reject
     with pytest.raises(StageError) as stopped:
-        data.reject(context(tmp_path, {"reject": reject}, problems=tmp_path / "problems", verify=tmp_path / "samples"))
+        sft_set.reject(context(tmp_path, {"reject": reject, "judged": [], "principled": []},
+                               verify=tmp_path / "samples"))
     assert str(stopped.value).splitlines() == [
-        "rejection leaves nothing for logic:", "  math: 2 in, 2 out", "  logic: 2 in, 0 out; lost wrong 2",
+        "rejection leaves nothing for logic:", "  logic: 2 in, 0 out; lost wrong 2", "  math: 2 in, 2 out",
         "train the expert longer, sample more or relax reject.max_tokens"]
     assert not list((tmp_path / "out").iterdir())
 
