@@ -165,7 +165,7 @@ def stages(candidates: Path, total: int) -> list[Stage]:
              (("problems", "problem-table"), ("verify", "verify"), ("base", "base"))]
     return [
         *ready,
-        Stage("reject", sft_set.reject, {"reject": RejectConfig(keep=3), "principled": []}, ("verify",)),
+        Stage("reject", sft_set.reject, {"reject": RejectConfig(keep=3), "judged": [], "principled": []}, ("verify",)),
         Stage("curate", sft_set.curate, {"curate": CurateConfig(total=total, quotas=DOMAINS),
                                          "licenses": dict.fromkeys(DOMAINS, "cc0-1.0")}, ("problems", "reject")),
         Stage("pack", sft_set.pack, {"pack_length": PACK_LENGTH, "judged": []}, ("problems", "base", "curate"))]
