@@ -107,7 +107,7 @@ def test_every_look_into_the_run_works(smoke_run):
     assert re.search(r"step 0, problem [0-9a-f]{16}, policy version 0", rollout)
     for field in ("text", "reward", "advantage", "verdict"):
         assert f"\n{field}\n" in rollout
-    kept = samples(smoke_run, "curate")[0]
+    kept = curated_samples(smoke_run, ["train"])[0]
     lineage = look("lineage", "run", kept.id)
     for text in (f"problem {kept.problem_id}", f"weights of expert-{kept.domain}-rl", kept.checkpoint,
                  f"verdict {kept.verdict.status}", "kept by reject", "kept by curate", "of pack", "trained on by sft"):
