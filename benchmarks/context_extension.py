@@ -66,7 +66,7 @@ def unextended(base: Path, length: int, out: Path) -> Path:
 
 def measure(small: bool, seed: int, folder: Path) -> dict:
     """Shares of facts found by length and depth for each model, the tokens each trained on and the seconds it took."""
-    base_train = schedule(SHORT, 240, 2048, 2e-3, 0.02) if small else schedule(SHORT, 400, 4096, 2e-3, 0.01)
+    base_train = schedule(SHORT, 300, 2048, 2e-3, 0.02) if small else schedule(SHORT, 400, 4096, 2e-3, 0.01)
     phases = tuple(schedule(times * SHORT, 30 if small else 40, 4096, 1e-3, 0.005) for times in (2, FACTOR))
     model = ModelConfig(source=TinyModel(context_length=SHORT), dtype="float32", max_length=FACTOR * SHORT)
     config = {"model": model, "engine": EngineConfig(probe_checkpoints=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,21 @@ def _read(name: str, form: str, rows: Iterator[Row], split: str) -> tuple[list[P
         raise StageError(f"domains.{name}: no row of {where or 'the source'} can be used as {form}"
                          + (f" ({len(bad)} broken rows: {reasons})" if bad else " (it is empty)"))
     return problems, bad
+
+
+def evaluation_texts(files: Iterable[str]) -> list[tuple[str, str]]:
+    """(file:line, text) of every text in the rows of JSONL files; raises StageError naming file and line."""
+    found = []
+    for name in files:
+        if not Path(name).is_file():
+            raise StageError(f"curate.evaluation_files: {name} does not exist; give a file with one JSON object a line")
+        for path, line, text in _jsonl_rows(Path(name)):
+            try:
+                values = _decoded(text).values()
+            except RowError as error:
+                raise StageError(f"curate.evaluation_files: {path}, line {line}: {error}; mend or delete it") from None
+            found += [(f"{Path(path).name}:{line}", value) for value in values if isinstance(value, str)]
+    return found
 
 
 def _decoded(row: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from distill import curation, rejection, review
 from distill.card import dataset_card
+from distill.sources import evaluation_texts
 from pipeline.parts import PART, map_parts, parts, publish
 from pipeline.recipe import RejectConfig
 from pipeline.records import SCHEMAS, Problem, Sample
@@ -149,22 +150,6 @@ def curate(context: StageContext) -> StageResult:
     return StageResult(counts={"in": sum(row["in"] for row in funnel.values()), "out": sum(counts.values()), **counts,
                                "funnel": funnel, "forms": forms},
                        metrics={"samples": sum(counts.values())}, key_metric="samples")
-
-
-def evaluation_texts(files: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(file:line, text) of every text in the rows of JSONL files. Raises StageError for a line that is not JSON."""
-    found = []
-    for name in files:
-        with open(name, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise StageError(f"curate.evaluation_files: {name}, line {number}: not JSON ({error}); give a file "
-                                     "with one JSON object a line") from None
-                values = row.values() if isinstance(row, dict) else [row]
-                found += [(f"{Path(name).name}:{number}", value) for value in values if isinstance(value, str)]
-    return found
 
 
 def _counts(folder: Path) -> dict:

@@ -137,7 +137,10 @@ def test_solutions_must_not_repeat_those_of_the_evaluation_set_or_texts_of_its_f
     assert dict((s.problem_id, reason) for s, reason in dropped) == {copied.id: "heldout_overlap",
                                                                      known.id: "heldout_prompt"}
     file.write_text("{not json\n")
-    with pytest.raises(StageError, match="bench.jsonl, line 1: not JSON"):
+    with pytest.raises(StageError, match="bench.jsonl, line 1: not valid JSON"):
+        curate(samples, [held], config, seed=0)
+    file.unlink()
+    with pytest.raises(StageError, match="evaluation_files: .*bench.jsonl does not exist"):
         curate(samples, [held], config, seed=0)
 
 
