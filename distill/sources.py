@@ -150,18 +150,27 @@ def _read(name: str, form: str, rows: Iterator[Row], split: str) -> tuple[list[P
 
 
 def evaluation_texts(files: Iterable[str]) -> list[tuple[str, str]]:
-    """(file:line, text) of every text in the rows of JSONL files; raises StageError naming file and line."""
+    """(file:line, text) of every text in the rows of JSONL files, at any depth; StageError names file and line."""
     found = []
     for name in files:
         if not Path(name).is_file():
             raise StageError(f"curate.evaluation_files: {name} does not exist; give a file with one JSON object a line")
         for path, line, text in _jsonl_rows(Path(name)):
             try:
-                values = _decoded(text).values()
+                row = _decoded(text)
             except RowError as error:
                 raise StageError(f"curate.evaluation_files: {path}, line {line}: {error}; mend or delete it") from None
-            found += [(f"{Path(path).name}:{line}", value) for value in values if isinstance(value, str)]
+            found += [(f"{Path(path).name}:{line}", value) for value in _texts(row)]
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings of a JSON value, also those inside lists (messages, options) and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _decoded(row: Any) -> dict[str, Any]:
