@@ -3,7 +3,8 @@
 transformers' grouped path spends as long around the products as in them: it permutes, gates, scales and sums tensors of
 tokens x top_k rows that leave the cache between any two steps. Here experts are taken a few at a time, so that the rows
 between two products stay in cache; the gate weight is applied to the narrow SwiGLU output, before the down
-projection; and the SwiGLU output is recomputed in the backward pass (DeepSeek-V3, arXiv 2412.19437, section 3.2.3).
+projection; the SwiGLU output is recomputed in the backward pass (DeepSeek-V3, arXiv 2412.19437, section 3.2.3); and
+`cpu_experts.py` takes one pass over memory for each step between two products.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-IMPLEMENTATION = "posttrain"  # its name among transformers' experts implementations
-BLOCK_ROWS = 4096  # rows between two products: 2 MiB in float32 at a width of 128
+from policy.kernels.cpu_experts import combine, gather, swiglu, swiglu_backward
+from policy.kernels.permute import sort_by_expert
 
-Spans = list[tuple[int, int, int]]  # expert, first row, last row + 1
+IMPLEMENTATION = "posttrain"  # its name among transformers' experts implementations
+BLOCK_BYTES = 1 << 20  # of the rows between two products, or the rows of one expert: what a core's cache holds
 
 
 def experts_forward(module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
@@ -46,74 +47,69 @@ def use_fast_experts(model: PreTrainedModel) -> None:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, gate_up, down, indices, weights):
-        width = gate_up.shape[1] // 2
-        order = indices.reshape(-1).argsort(stable=True)
-        tokens = order.div(indices.shape[1], rounding_mode="floor")
-        counts = torch.bincount(indices.reshape(-1), minlength=len(gate_up)).tolist()
-        scale = weights.reshape(-1)[order].to(hidden.dtype).unsqueeze(1)
-        projected = hidden.new_empty(len(order), 2 * width)
-        # a token's experts are summed in FP32 at least: a rounded sum sends tokens of the next layer elsewhere
-        output = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for start, end, spans in _blocks(counts):
-            rows, both = hidden.index_select(0, tokens[start:end]), projected[start:end]
-            for expert, first, last in spans:
-                torch.mm(rows[first:last], gate_up[expert].t(), out=both[first:last])
-            gated = functional.silu(both[:, :width]).mul_(both[:, width:]).mul_(scale[start:end])
-            for expert, first, last in spans:
-                torch.mm(gated[first:last], down[expert].t(), out=rows[first:last])
-            output.index_add_(0, tokens[start:end], rows.to(output.dtype))
-        ctx.save_for_backward(hidden, gate_up, down, projected, scale, tokens, order)
-        ctx.counts, ctx.weights_like = counts, (weights.shape, weights.dtype)
-        return output.to(hidden.dtype)
+        hidden, order = hidden.contiguous(), sort_by_expert(indices, len(gate_up))
+        tokens, counts = order.tokens, order.offsets.diff(prepend=order.offsets.new_zeros(1)).tolist()
+        # in FP32 at least, as in the reference
+        scale = weights.reshape(-1)[order.choices].to(torch.promote_types(hidden.dtype, torch.float32))
+        projected = hidden.new_empty(len(tokens), gate_up.shape[1])
+        returned = hidden.new_empty(len(tokens), hidden.shape[1])
+        blocks = list(_blocks(counts, BLOCK_BYTES // (hidden.shape[1] * hidden.element_size())))
+        most = max(stop - start for _, start, stop in blocks)
+        every_row, every_gated = hidden.new_empty(most, hidden.shape[1]), hidden.new_empty(most, down.shape[2])
+        for experts, start, stop in blocks:
+            rows, gated, both = every_row[:stop - start], every_gated[:stop - start], projected[start:stop]
+            gather(hidden, tokens[start:stop], rows)
+            _products(counts[experts], rows, gate_up[experts].mT, both)
+            swiglu(both, scale[start:stop], gated)
+            _products(counts[experts], gated, down[experts].mT, returned[start:stop])
+        ctx.save_for_backward(hidden, gate_up, down, projected, scale, tokens, order.choices, order.positions)
+        ctx.counts, ctx.blocks, ctx.most, ctx.weights_dtype = counts, blocks, most, weights.dtype
+        return combine(returned, order.positions)
 
     @staticmethod
     def backward(ctx, grad_output):
-        hidden, gate_up, down, projected, scale, tokens, order = ctx.saved_tensors
-        width = gate_up.shape[1] // 2
-        grad_hidden, grad_scale = torch.zeros_like(hidden), scale.new_empty(len(order))
+        hidden, gate_up, down, projected, scale, tokens, choices, positions = ctx.saved_tensors
+        grad_output, grad_scale = grad_output.contiguous(), torch.empty_like(scale)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert, count in enumerate(ctx.counts):
-            if not count:
-                grad_gate_up[expert].zero_()
-                grad_down[expert].zero_()
-        for start, end, spans in _blocks(ctx.counts):
-            chosen, gate, up = tokens[start:end], projected[start:end, :width], projected[start:end, width:]
-            rows = grad_output.index_select(0, chosen)
-            grad_gated = rows.new_empty(end - start, width)
-            for expert, first, last in spans:
-                torch.mm(rows[first:last], down[expert], out=grad_gated[first:last])
-            activated = functional.silu(gate)
-            gated = activated * up
-            torch.sum(grad_gated * gated, -1, out=grad_scale[start:end])
-            gated.mul_(scale[start:end])
-            for expert, first, last in spans:
-                torch.mm(rows[first:last].t(), gated[first:last], out=grad_down[expert])
-            grad_gated.mul_(scale[start:end])
-            grad_both = rows.new_empty(end - start, 2 * width)
-            torch.mul(grad_gated, activated, out=grad_both[:, width:])
-            torch.ops.aten.silu_backward.grad_input(grad_gated.mul_(up), gate, grad_input=grad_both[:, :width])
-            torch.index_select(hidden, 0, chosen, out=rows)
-            for expert, first, last in spans:
-                torch.mm(grad_both[first:last].t(), rows[first:last], out=grad_gate_up[expert])
-            for expert, first, last in spans:
-                torch.mm(grad_both[first:last], gate_up[expert], out=rows[first:last])
-            grad_hidden.index_add_(0, chosen, rows)
-        shape, dtype = ctx.weights_like
+        returned = hidden.new_empty(len(tokens), hidden.shape[1])
+        every_row, every_gated, every_both = (hidden.new_empty(ctx.most, width) for width in (
+            hidden.shape[1], down.shape[2], gate_up.shape[1]))
+        for experts, start, stop in ctx.blocks:
+            rows, gated, grad_both = (every[:stop - start] for every in (every_row, every_gated, every_both))
+            counts = ctx.counts[experts]
+            gather(grad_output, tokens[start:stop], rows)
+            _products(counts, rows, down[experts], gated)
+            swiglu_backward(projected[start:stop], scale[start:stop], gated, grad_both, grad_scale[start:stop])
+            _weight_gradients(counts, rows, gated, grad_down[experts])
+            gather(hidden, tokens[start:stop], rows)
+            _weight_gradients(counts, grad_both, rows, grad_gate_up[experts])
+            _products(counts, grad_both, gate_up[experts], returned[start:stop])
         grad_weights = torch.empty_like(grad_scale)
-        grad_weights[order] = grad_scale
-        return grad_hidden, grad_gate_up, grad_down, None, grad_weights.view(shape).to(dtype)
+        grad_weights[choices] = grad_scale
+        return (combine(returned, positions), grad_gate_up, grad_down, None,
+                grad_weights.view(positions.shape).to(ctx.weights_dtype))
 
 
-def _blocks(counts: Sequence[int]) -> Iterator[tuple[int, int, Spans]]:
-    """Neighbouring experts of about BLOCK_ROWS rows together: first row, last row + 1, spans counted from the first."""
-    start, row, spans = 0, 0, []
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, row - start, row - start + count))
-            row += count
-        if spans and (row - start >= BLOCK_ROWS or row == sum(counts)):
-            yield start, row, spans
-            start, spans = row, []
+def _products(counts: Sequence[int], rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Into `out`, each expert's rows times its weights [in, out]."""
+    for mine, weight, result in zip(rows.split(counts), weights, out.split(counts), strict=True):
+        torch.mm(mine, weight, out=result)
+
+
+def _weight_gradients(counts: Sequence[int], grad: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Into `out` [experts, a, b], each expert's `grad` [n, a] transposed times its `rows` [n, b]: zeros for no rows."""
+    for a, b, result in zip(grad.split(counts), rows.split(counts), out, strict=True):
+        torch.mm(a.t(), b, out=result)
+
+
+def _blocks(counts: Sequence[int], rows: int) -> Iterator[tuple[slice, int, int]]:
+    """Neighbouring experts of about `rows` rows together: the experts, their first row, their last row + 1."""
+    first = start = stop = 0
+    for expert, count in enumerate(counts, 1):
+        stop += count
+        if stop - start >= rows or expert == len(counts):
+            yield slice(first, expert), start, stop
+            first, start = expert, stop
 
 
 def recomputes_swiglu(module: torch.nn.Module) -> bool:
