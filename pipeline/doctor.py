@@ -110,7 +110,8 @@ def _memory() -> Finding:
 def _gcc() -> Finding:
     found = shutil.which("gcc")
     return Finding("gcc", found is not None, found or "not found",
-                   "C answers cannot be compiled and vLLM may fail to start; Debian: apt-get install gcc libc6-dev")
+                   "C answers cannot be compiled, the experts run slower on a CPU, and vLLM may fail to start; "
+                   "Debian: apt-get install gcc libc6-dev")
 
 
 def _program(name: str, package: str) -> Finding:

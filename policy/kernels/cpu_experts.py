@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 SOURCE = Path(__file__).with_suffix(".c")
-COMPILE = ("cc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
+COMPILE = ("gcc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
            "-fopenmp", "-fPIC", "-shared", "-Wall", "-Werror")
 COMPILED = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
@@ -94,5 +94,5 @@ def _library() -> ctypes.CDLL | None:
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or error
             warnings.warn(f"the experts run slower: {SOURCE.name} was not compiled ({reason}); "
-                          "install a C compiler with OpenMP", stacklevel=2)
+                          "install gcc", stacklevel=2)
             return None
