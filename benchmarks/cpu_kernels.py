@@ -3,12 +3,14 @@
     python benchmarks/cpu_kernels.py [--small] [--json FILE]
 
 Everything is timed in turn in one process, forward and backward; figures are medians. "bare products" are the six
-matrix products of the experts, on rows that lie ready. Peak memory is that of one step in a process of its own.
+matrix products of the experts, on rows that lie ready. The allocator is set as in a stage. Peak memory is that of one
+step in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ import torch
 from figures import Row, report
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
+from pipeline.ray_session import ALLOCATOR
 from policy.kernels.experts import IMPLEMENTATION
 from policy.kernels.logprob import linear_logprobs
 from policy.presets import tiny_config
@@ -172,4 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if not ALLOCATOR.items() <= os.environ.items():  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     main()

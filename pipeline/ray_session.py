@@ -18,7 +18,7 @@ _ENVIRONMENT = {
 
 # glibc returns tensors of more than 128 KiB to the kernel when they are freed, and a training step then spends a sixth
 # of its time on pages it had a moment ago. Stages give their memory back when they end (`pipeline/worker.py`).
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def ray_session(recipe_name: str, run_dir: Path, say: Callable[[str], None]) -> 
         **options, namespace="posttrain", job_config=job, log_to_driver=False, logging_level=logging.ERROR,
         configure_logging=True,
         # Ray would give an actor one thread per CPU it reserves; the stage worker reserves none
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **_ALLOCATOR}})
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **ALLOCATOR}})
     try:
         if context.dashboard_url:
             say(f"Ray dashboard: http://{context.dashboard_url}{_login_hint()}")
