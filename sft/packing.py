@@ -7,7 +7,6 @@ mask from them.
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,12 +73,11 @@ def shuffled_plan(lengths: Sequence[int], pack_length: int, seed: int) -> list[l
 
     Longer samples are in no pack: count them.
     """
-    lengths, rng = np.asarray(lengths, dtype=np.int64), random.Random(seed)
-    fitting = np.flatnonzero(lengths <= pack_length).tolist()
-    rng.shuffle(fitting)
+    lengths, rng = np.asarray(lengths, dtype=np.int64), np.random.default_rng(seed)
+    fitting = rng.permutation(np.flatnonzero(lengths <= pack_length))
     packs = plan_packs(lengths[fitting], pack_length)
-    rng.shuffle(packs)
-    return [[fitting[place] for place in pack] for pack in packs]
+    samples = fitting.tolist()
+    return [[samples[place] for place in packs[turn]] for turn in rng.permutation(len(packs)).tolist()]
 
 
 def fill_packs(packs: Iterable[Sequence[TokenizedSample]], pack_length: int, pad_id: int) -> pa.Table:
