@@ -3,8 +3,7 @@
 transformers' grouped path spends as long around the products as in them: it permutes, gates, scales and sums tensors of
 tokens x top_k rows that leave the cache between any two steps. Here experts are taken a few at a time, so that the rows
 between two products stay in cache; the gate weight is applied to the narrow SwiGLU output, before the down
-projection; the SwiGLU output is recomputed in the backward pass (DeepSeek-V3, arXiv 2412.19437, section 3.2.3); and
-`cpu_experts.py` takes one pass over memory for each step between two products.
+projection; and the SwiGLU output is recomputed in the backward pass (DeepSeek-V3, arXiv 2412.19437, section 3.2.3).
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from policy.kernels.cpu_experts import combine, gather, swiglu, swiglu_backward
+from policy.kernels.cpu_swiglu import swiglu, swiglu_backward
 from policy.kernels.permute import sort_by_expert
 
 IMPLEMENTATION = "posttrain"  # its name among transformers' experts implementations
@@ -47,47 +47,50 @@ def use_fast_experts(model: PreTrainedModel) -> None:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, gate_up, down, indices, weights):
-        hidden, order = hidden.contiguous(), sort_by_expert(indices, len(gate_up))
+        order = sort_by_expert(indices, len(gate_up))
         tokens, counts = order.tokens, order.offsets.diff(prepend=order.offsets.new_zeros(1)).tolist()
-        # in FP32 at least, as in the reference
         scale = weights.reshape(-1)[order.choices].to(torch.promote_types(hidden.dtype, torch.float32))
         projected = hidden.new_empty(len(tokens), gate_up.shape[1])
         returned = hidden.new_empty(len(tokens), hidden.shape[1])
         blocks = list(_blocks(counts, BLOCK_BYTES // (hidden.shape[1] * hidden.element_size())))
-        most = max(stop - start for _, start, stop in blocks)
-        every_row, every_gated = hidden.new_empty(most, hidden.shape[1]), hidden.new_empty(most, down.shape[2])
         for experts, start, stop in blocks:
-            rows, gated, both = every_row[:stop - start], every_gated[:stop - start], projected[start:stop]
-            gather(hidden, tokens[start:stop], rows)
+            rows, both = hidden.index_select(0, tokens[start:stop]), projected[start:stop]
+            gated = rows.new_empty(len(rows), down.shape[2])
             _products(counts[experts], rows, gate_up[experts].mT, both)
             swiglu(both, scale[start:stop], gated)
             _products(counts[experts], gated, down[experts].mT, returned[start:stop])
         ctx.save_for_backward(hidden, gate_up, down, projected, scale, tokens, order.choices, order.positions)
-        ctx.counts, ctx.blocks, ctx.most, ctx.weights_dtype = counts, blocks, most, weights.dtype
-        return combine(returned, order.positions)
+        ctx.counts, ctx.blocks, ctx.weights_dtype = counts, blocks, weights.dtype
+        return _combine(returned, order.positions)
 
     @staticmethod
     def backward(ctx, grad_output):
         hidden, gate_up, down, projected, scale, tokens, choices, positions = ctx.saved_tensors
-        grad_output, grad_scale = grad_output.contiguous(), torch.empty_like(scale)
+        grad_scale = torch.empty_like(scale)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         returned = hidden.new_empty(len(tokens), hidden.shape[1])
-        every_row, every_gated, every_both = (hidden.new_empty(ctx.most, width) for width in (
-            hidden.shape[1], down.shape[2], gate_up.shape[1]))
         for experts, start, stop in ctx.blocks:
-            rows, gated, grad_both = (every[:stop - start] for every in (every_row, every_gated, every_both))
-            counts = ctx.counts[experts]
-            gather(grad_output, tokens[start:stop], rows)
+            counts, chosen = ctx.counts[experts], tokens[start:stop]
+            rows = grad_output.index_select(0, chosen)
+            gated, grad_both = rows.new_empty(len(rows), down.shape[2]), rows.new_empty(len(rows), gate_up.shape[1])
             _products(counts, rows, down[experts], gated)
             swiglu_backward(projected[start:stop], scale[start:stop], gated, grad_both, grad_scale[start:stop])
             _weight_gradients(counts, rows, gated, grad_down[experts])
-            gather(hidden, tokens[start:stop], rows)
+            torch.index_select(hidden, 0, chosen, out=rows)
             _weight_gradients(counts, grad_both, rows, grad_gate_up[experts])
             _products(counts, grad_both, gate_up[experts], returned[start:stop])
         grad_weights = torch.empty_like(grad_scale)
         grad_weights[choices] = grad_scale
-        return (combine(returned, positions), grad_gate_up, grad_down, None,
+        return (_combine(returned, positions), grad_gate_up, grad_down, None,
                 grad_weights.view(positions.shape).to(ctx.weights_dtype))
+
+
+def _combine(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[tokens, hidden]: for each token the sum of its `rows` [s, hidden] at `positions` [tokens, top_k].
+
+    Added in FP32 at least and rounded once: a rounded sum would send tokens of the next layer to other experts.
+    """
+    return functional.embedding_bag(positions, rows, mode="sum")
 
 
 def _products(counts: Sequence[int], rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:

@@ -45,10 +45,10 @@ def test_output_and_gradients_are_those_of_the_eager_loop(tokens, low, high):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [1, 999, 10_000])
-def test_the_block_of_experts_taken_at_a_time_changes_nothing(rows, monkeypatch):
+@pytest.mark.parametrize("size", [1, 999, 10_000])
+def test_the_block_of_experts_taken_at_a_time_changes_nothing(size, monkeypatch):
     whole = gradients(layer(IMPLEMENTATION), *routed(50))
-    monkeypatch.setattr(experts, "BLOCK_BYTES", rows)
+    monkeypatch.setattr(experts, "BLOCK_BYTES", size)
     for mine, theirs in zip(gradients(layer(IMPLEMENTATION), *routed(50)), whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
@@ -61,6 +61,15 @@ def test_bfloat16_is_as_near_to_the_exact_result_as_the_grouped_path():
         found = gradients(layer(implementation, torch.bfloat16), *routed(64, dtype=torch.bfloat16))
         distances.append([((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)])
     assert all(mine < 1.3 * theirs + 1e-3 for mine, theirs in zip(*distances, strict=True)), distances
+
+
+def test_rows_of_a_token_are_added_in_float32_and_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(600, 200, generator=generator).bfloat16()
+    positions = torch.randperm(600, generator=generator).view(100, 6)
+    exact = rows.double()[positions].sum(1)
+    # ties may go either way
+    assert (experts._combine(rows, positions) - exact).norm() < 1.001 * (exact.bfloat16() - exact).norm()
 
 
 def test_no_tokens_give_no_output_and_zero_gradients():

@@ -1,13 +1,14 @@
-"""What surrounds the experts' matrix products on a CPU: rows to their experts, SwiGLU both ways, rows back to tokens.
+"""SwiGLU between the experts' matrix products on a CPU, forward and backward, in one pass over memory each.
 
-torch takes a pass over memory, and a new tensor, for each operator of it. `cpu_experts.c` takes one pass for each
-function here. It is compiled for this processor when a process first needs it, in a third of a second. float64, and a
-machine without a C compiler, take the torch form that stands beside each call.
+torch takes a pass, and a new tensor, for each operator of it. `cpu_swiglu.c` is compiled for this processor when a
+process first needs it, in a third of a second. float64, and a machine without a C compiler, take the torch form that
+stands beside each call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import subprocess
 import tempfile
 import warnings
@@ -19,27 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 SOURCE = Path(__file__).with_suffix(".c")
-COMPILE = ("gcc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
-           "-fopenmp", "-fPIC", "-shared", "-Wall", "-Werror")
+COMPILE = ("gcc", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
+           *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()))
 COMPILED = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-
-
-def gather(x: Tensor, tokens: Tensor, out: Tensor) -> None:
-    """Into `out` [rows, hidden], the rows of x [tokens, hidden] that int64 `tokens` [rows] names."""
-    if not _call("gather", x, x, tokens, out, len(out), out.shape[1]):
-        torch.index_select(x, 0, tokens, out=out)
-
-
-def combine(rows: Tensor, positions: Tensor) -> Tensor:
-    """[tokens, hidden]: for each token the sum of `rows` [s, hidden] at its int64 `positions` [tokens, top_k].
-
-    Added in FP32 and rounded once: a rounded sum would send tokens of the next layer to other experts.
-    """
-    out = rows.new_empty(len(positions), rows.shape[1])
-    if not _call("combine", rows, rows, positions, out, *positions.shape, rows.shape[1]):
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        out.copy_(rows.to(wide)[positions].sum(1))
-    return out
 
 
 def swiglu(both: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -47,7 +30,7 @@ def swiglu(both: Tensor, scale: Tensor, out: Tensor) -> None:
 
     scale: [rows], at least FP32.
     """
-    if not _call("swiglu", both, both, scale, out, len(out), out.shape[1]):
+    if not _call("swiglu", both, scale, out, len(out), out.shape[1]):
         gate, up = both.chunk(2, 1)
         torch.mul(functional.silu(gate), up, out=out).mul_(scale[:, None])
 
@@ -57,7 +40,7 @@ def swiglu_backward(both: Tensor, scale: Tensor, grad: Tensor, grad_both: Tensor
 
     `grad` then holds the output itself, computed again.
     """
-    if _call("swiglu_backward", both, both, scale, grad, grad_both, grad_scale, *grad.shape):
+    if _call("swiglu_backward", both, scale, grad, grad_both, grad_scale, *grad.shape):
         return
     (gate, up), (grad_gate, grad_up) = both.chunk(2, 1), grad_both.chunk(2, 1)
     silu, sigmoid, scaled = functional.silu(gate), torch.sigmoid(gate), grad * scale[:, None]
@@ -67,9 +50,9 @@ def swiglu_backward(both: Tensor, scale: Tensor, grad: Tensor, grad_both: Tensor
     torch.mul(silu, up, out=grad).mul_(scale[:, None])
 
 
-def _call(name: str, like: Tensor, *arguments: Tensor | int) -> bool:
-    """Run the compiled function for the dtype of `like`; False where there is none. Tensors are contiguous."""
-    kind = COMPILED.get(like.dtype)
+def _call(name: str, both: Tensor, *arguments: Tensor | int) -> bool:
+    """Run the compiled function for the dtype of `both`; False where there is none. Tensors are contiguous."""
+    kind, arguments = COMPILED.get(both.dtype), (both, *arguments)
     if kind is None or _library() is None:
         return False
     _function(f"{name}_{kind}", len(arguments))(*[
@@ -87,7 +70,7 @@ def _function(name: str, arguments: int) -> ctypes._CFuncPtr:
 @cache
 def _library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "cpu_experts.so"
+        built = Path(folder) / "cpu_swiglu.so"
         try:
             subprocess.run([*COMPILE, str(SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(built))

@@ -1,13 +1,10 @@
-/* What surrounds the experts' matrix products on a CPU; `cpu_experts.py` tells of arguments and shapes.
+/* SwiGLU of rows times their routing weights, forward and backward; `cpu_swiglu.py` tells of arguments and shapes.
 
    Each function reads and writes its rows once. Rows are float or bfloat16 (as uint16_t); sums and everything between
    a load and a store are FP32. A row's result does not depend on how many threads there are. */
 
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
-
-#define PIECE 128 /* elements of a row summed in registers */
 
 static inline float exponential(float x) {
     /* 2^n e^r with n = round(x / ln 2), ln 2 in two parts and a polynomial of degree 7 in r; 1e-7 relative */
@@ -38,29 +35,6 @@ static inline uint16_t store_bfloat16(float x) { /* to nearest, ties to even */
 }
 
 #define DEFINE(T, NAME)                                                                                              \
-    void gather_##NAME(const T *restrict x, const int64_t *restrict tokens, T *restrict out, int64_t rows,           \
-                       int64_t hidden) {                                                                             \
-        _Pragma("omp parallel for schedule(static)")                                                                 \
-        for (int64_t row = 0; row < rows; row++)                                                                     \
-            memcpy(out + hidden * row, x + hidden * tokens[row], hidden * sizeof(T));                                \
-    }                                                                                                                \
-                                                                                                                     \
-    void combine_##NAME(const T *restrict rows, const int64_t *restrict positions, T *restrict out, int64_t tokens,  \
-                        int64_t top_k, int64_t hidden) {                                                             \
-        _Pragma("omp parallel for schedule(static)")                                                                 \
-        for (int64_t token = 0; token < tokens; token++)                                                             \
-            for (int64_t start = 0; start < hidden; start += PIECE) {                                                \
-                int64_t count = hidden - start < PIECE ? hidden - start : PIECE;                                     \
-                float sum[PIECE] = {0};                                                                              \
-                for (int64_t k = 0; k < top_k; k++) {                                                                \
-                    const T *from = rows + hidden * positions[top_k * token + k] + start;                            \
-                    for (int64_t i = 0; i < count; i++) sum[i] += load_##NAME(from[i]);                              \
-                }                                                                                                    \
-                T *to = out + hidden * token + start;                                                                \
-                for (int64_t i = 0; i < count; i++) to[i] = store_##NAME(sum[i]);                                    \
-            }                                                                                                        \
-    }                                                                                                                \
-                                                                                                                     \
     void swiglu_##NAME(const T *restrict both, const float *restrict scale, T *restrict out, int64_t rows,           \
                        int64_t width) {                                                                              \
         _Pragma("omp parallel for schedule(static)")                                                                 \
