@@ -494,7 +494,7 @@ def converter(wide, large, tmp_path_factory):
 def test_memory_holds_a_few_tensors_and_not_a_model(converter):
     root, grown = converter
     assert len(list((root / "large").glob("*.safetensors"))) > 5
-    assert grown < 20  # MiB, for 150 MB read and 300 MB written
+    assert grown < 32  # MiB, for 150 MB read and 300 MB written; about 18, where one shard of 20 MB would add 19 more
 
 
 def test_a_kill_leaves_nothing_at_the_target_and_the_same_command_works(converter, large, capsys):
