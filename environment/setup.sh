@@ -22,11 +22,12 @@ find_python() {
 }
 
 system_packages() {
-    # bubblewrap and setpriv (util-linux) hold the sandbox of the code rewards, gcc compiles C answers
+    # bubblewrap and setpriv (util-linux) hold the sandbox of the code rewards, g++ (with gcc) compiles C
+    # answers and the experts on a CPU
     local missing=()
     command -v bwrap >/dev/null || missing+=(bubblewrap)
     command -v setpriv >/dev/null || missing+=(util-linux)
-    command -v gcc >/dev/null || missing+=(gcc libc6-dev)
+    command -v gcc >/dev/null && command -v g++ >/dev/null || missing+=(g++ libc6-dev)
     [ "$(uname -s)" = Linux ] || { say "not Linux: no sandbox here, code rewards will not run"; return; }
     if [ ${#missing[@]} -gt 0 ]; then
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

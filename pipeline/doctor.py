@@ -54,7 +54,7 @@ def examine(directory: Path) -> Iterator[Finding]:
     """Run the checks one by one; the later ones start engines and take some seconds each."""
     checks: tuple[Callable[[], Finding], ...] = (
         _python, *(lambda name=name: _library(name) for name in LIBRARIES),
-        lambda: _disk(directory), _memory, _gcc, lambda: _program("bwrap", "bubblewrap"),
+        lambda: _disk(directory), _memory, _compilers, lambda: _program("bwrap", "bubblewrap"),
         lambda: _program("setpriv", "util-linux"),
         *(lambda row=row: _toolchain(*row) for row in TOOLCHAINS), _sandbox, _ray, _engine)
     for check in checks:
@@ -107,11 +107,11 @@ def _memory() -> Finding:
                    f"trainer, engine and Ray together want {MEMORY_GIB} GiB; smaller machines may be killed half way")
 
 
-def _gcc() -> Finding:
-    found = shutil.which("gcc")
-    return Finding("gcc", found is not None, found or "not found",
+def _compilers() -> Finding:
+    found = [shutil.which(name) or f"no {name}" for name in ("gcc", "g++")]
+    return Finding("compilers", not any(name.startswith("no ") for name in found), ", ".join(found),
                    "C answers cannot be compiled, the experts run slower on a CPU, and vLLM may fail to start; "
-                   "Debian: apt-get install gcc libc6-dev")
+                   "Debian: apt-get install g++ libc6-dev")
 
 
 def _program(name: str, package: str) -> Finding:

@@ -8,7 +8,7 @@ from pipeline.doctor import Finding
 
 
 def test_the_cheap_checks_of_this_machine_pass(tmp_path):
-    for finding in (doctor._python(), doctor._memory(), doctor._disk(tmp_path), doctor._gcc()):
+    for finding in (doctor._python(), doctor._memory(), doctor._disk(tmp_path), doctor._compilers()):
         assert finding.ok, finding
 
 
