@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -93,7 +94,19 @@ def _keep_products_alone(module: nn.Module, again: Sequence[nn.Module]) -> None:
     def selective(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        # Under expert parallelism the second run must find what the first did: this process's parameters, which stand
+        # there during the forward pass alone, and tokens that have arrived.
+        parameters = dict(module._parameters)
+        args = [value.clone() if isinstance(value, AsyncCollectiveTensor) else value for value in args]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            now, module._parameters = module._parameters, parameters
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                module._parameters = now
+
+        return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     module.forward = selective
 
@@ -127,6 +140,8 @@ class _Norms:
         return output
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, AsyncCollectiveTensor):  # from other processes, and without storage
+            return tensor.detach()
         _, call = self.made.get(tensor.untyped_storage().data_ptr(), (None, None))
         if call is None:
             return tensor.detach()

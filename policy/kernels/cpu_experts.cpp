@@ -28,7 +28,7 @@ namespace {
 namespace cpublas = at::native::cpublas;
 using bfloat16 = uint16_t;
 
-constexpr int64_t ROWS = 32; // of one product; sizes of experts are multiples of it
+constexpr int64_t ROWS = 32; // of one product
 
 // Rows that lie interleaved in the right operand of a product, so that it is 32-bit words: k / PAIR rows of n words.
 template <class T> constexpr int64_t PAIR = sizeof(uint32_t) / sizeof(T);

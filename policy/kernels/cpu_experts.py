@@ -24,14 +24,15 @@ LIBRARIES = Path(torch.__file__).parent / "lib"
 COMPILE = ("g++", "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC",
            "-shared", *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()))
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-MULTIPLE = 32  # of hidden and intermediate sizes
+LINE = 64  # bytes, of which rows of hidden and intermediate size are multiples
 
 
 def runs(gate_up: Tensor) -> bool:
     """Whether experts of this dtype and shape run here: FP32, or BF16 where the processor has matrix tiles (AMX)."""
     _, both, hidden = gate_up.shape
-    return (gate_up.dtype in NAMES and hidden % MULTIPLE == 0 and both % (2 * MULTIPLE) == 0 and _library() is not None
-            and (gate_up.dtype == torch.float32 or _library().has_bfloat16()))
+    if gate_up.dtype not in NAMES or hidden * gate_up.itemsize % LINE or both * gate_up.itemsize % (2 * LINE):
+        return False
+    return _library() is not None and (gate_up.dtype == torch.float32 or _library().has_bfloat16())
 
 
 class Experts(torch.autograd.Function):

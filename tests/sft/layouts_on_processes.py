@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 import sft.trainer
 from pipeline.recipe import ParallelConfig, TrainConfig
+from policy.kernels.cpu_experts import runs
 from policy.model import load_policy, save_policy
 from policy.parallel.pipeline import PipelinedPolicy
 from policy.parallel.sharding import shard_policy
@@ -84,12 +85,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def train(folder: Path, start: Path, packs: Path, parallel: dict | None = None, recompute: Sequence[str] = ()) -> Path:
     """Train in `folder`, as this process's part of the layout; returns the checkpoint.
 
-    The file `recomputed` stands there afterwards where anything was computed again for a backward pass.
+    The file `recomputed` stands there afterwards where anything was computed again for a backward pass. Layouts that
+    recompute run the experts of a GPU, whose tokens and SwiGLU are among it.
     """
     for name in ("work", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     Watched.folder = folder
     with (mock.patch.object(sft.trainer, "PackedSFTTrainer", Watched),
+          mock.patch("policy.kernels.experts.runs", side_effect=lambda weights: not recompute and runs(weights)),
           mock.patch("policy.recompute.checkpoint", wraps=checkpoint) as again):
         sft.trainer.train_here(config(parallel, recompute), start=start, packs=packs, out=folder / "out",
                                work=folder / "work", seed=0, dtype="float32", progress=Quiet(), in_order=True)
